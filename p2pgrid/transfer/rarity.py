@@ -1,0 +1,201 @@
+"""Count how many peers have each chunk, and find the rarest chunk that is wanted.
+
+Pure.  The counts are exact and kept *bit-sliced*: indices lie in blocks of `BLOCK`, and a
+block keeps plane 0, 1, 2, … of its counts, each plane one integer with a bit per index:
+
+    index        7 6 5 4 3 2 1 0
+    plane 1      0 0 1 0 0 1 1 0      index 5 is at 3 peers, 2 at 2, 1 at 3, 0 at 1, 7 at none
+    plane 0      0 0 1 0 0 0 1 1
+
+One more peer is an addition with carry over whole blocks, and the rarest of a set is found
+by walking the planes from the top and leaving out every index whose bit is set, while any
+are left.  So neither depends on how many chunks there are.  Each block's *floor*, the
+rarest count of what is wanted there, says which block to look into: for a peer that has
+everything the choice is the rarest of all; for others it is the best of `LOOKS` blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+BLOCK = 2048
+LOOKS = 4
+"""Blocks looked into for one decision, at most."""
+
+Blocks = list[int]
+"""A set of indices: one integer per block, bit i of block b = index b * BLOCK + i."""
+
+
+class Chance(Protocol):
+    """Where ties are broken: a seeded `random.Random`."""
+
+    def randrange(self, stop: int, /) -> int: ...
+
+
+def blocks_of(bitmap: bytes, count: int) -> Blocks:
+    """The set of a bitmap (LSB first) of `count` indices; what is cut off is not in it."""
+    step = BLOCK // 8
+    blocks = [int.from_bytes(bitmap[at : at + step], "little") for at in range(0, -(-count // 8), step)]
+    if count % BLOCK:
+        blocks[-1] &= (1 << count % BLOCK) - 1
+    return blocks
+
+
+def indices(blocks: Blocks) -> Iterator[int]:
+    """The indices in a set, ascending."""
+    for number, bits in enumerate(blocks):
+        while bits:
+            low = bits & -bits
+            yield number * BLOCK + low.bit_length() - 1
+            bits ^= low
+
+
+def nth_bit(bits: int, n: int) -> int:
+    """The place of the `n`-th (from 0) set bit."""
+    assert 0 <= n < bits.bit_count()
+    at = 0
+    half = 1 << (bits.bit_length() - 1).bit_length() >> 1
+    while half:
+        low = bits & ((1 << half) - 1)
+        below = low.bit_count()
+        if n < below:
+            bits = low
+        else:
+            n -= below
+            bits >>= half
+            at += half
+        half >>= 1
+    return at
+
+
+class Rarity:
+    """How many peers have each index, and which of the `wanted` ones are the rarest."""
+
+    def __init__(self, wanted: Blocks) -> None:
+        """Takes `wanted` over."""
+        self.wanted = wanted
+        self._planes: list[list[int]] = [[] for _ in wanted]
+        self._floor = [-1] * len(wanted)
+        self._blocks_at: list[int] = []  # by floor: the blocks with that floor, as bits
+        self._levels = 0  # the floors that some block has, as bits
+        for block in range(len(wanted)):
+            self._refresh(block)
+
+    def count(self, index: int) -> int:
+        """How many peers have `index`."""
+        at = index % BLOCK
+        return sum((plane >> at & 1) << k for k, plane in enumerate(self._planes[index // BLOCK]))
+
+    def nowhere(self, block: int) -> int:
+        """The bits of `block` that no peer has, and all beyond its end."""
+        had = 0
+        for plane in self._planes[block]:
+            had |= plane
+        return ~had
+
+    def add(self, block: int, bits: int) -> None:
+        """One more peer has `bits` of `block`."""
+        touched = bits & self.wanted[block]
+        planes = self._planes[block]
+        for k, plane in enumerate(planes):
+            if not bits:
+                break
+            planes[k] = plane ^ bits
+            bits &= plane
+        if bits:
+            planes.append(bits)
+        if touched:
+            self._refresh(block)
+
+    def remove(self, block: int, bits: int) -> None:
+        """One peer less has `bits` of `block`."""
+        touched = bits & self.wanted[block]
+        planes = self._planes[block]
+        for k, plane in enumerate(planes):
+            if not bits:
+                break
+            planes[k] = plane ^ bits
+            bits &= ~plane
+        assert not bits, "a count went below zero"
+        while planes and not planes[-1]:
+            planes.pop()
+        if touched:
+            self._refresh(block)
+
+    def want(self, block: int, bits: int) -> None:
+        """`bits` of `block` are wanted from now on."""
+        self.wanted[block] |= bits
+        self._refresh(block)
+
+    def unwant(self, block: int, bits: int) -> None:
+        """`bits` of `block` are no longer wanted."""
+        self.wanted[block] &= ~bits
+        self._refresh(block)
+
+    def rarest(self, have: Blocks, useful: int, rng: Chance) -> tuple[int, int, int]:
+        """(block, bits, useful): bits that are wanted, in `have` and equally rare; none if 0.
+
+        `useful` tells (as bits) the blocks where `have` may hold something wanted; it comes
+        back without those that were looked into in vain.
+        """
+        best = (0, 0, 0)  # count, block, bits
+        seen = looks = 0
+        levels = self._levels
+        while levels and looks < LOOKS:
+            level = (levels & -levels).bit_length() - 1
+            if best[2] and best[0] <= level:
+                break
+            blocks = self._blocks_at[level] & useful & ~seen
+            if not blocks:
+                levels &= levels - 1
+                continue
+            block = nth_bit(blocks, rng.randrange(blocks.bit_count()))
+            bits = self.wanted[block] & have[block]
+            if not bits:
+                useful ^= 1 << block
+                continue
+            looks += 1
+            seen |= 1 << block
+            count, bits = self._rarest_in(block, bits)
+            if not best[2] or count < best[0]:
+                best = (count, block, bits)
+        return best[1], best[2], useful
+
+    def _rarest_in(self, block: int, bits: int) -> tuple[int, int]:
+        count = 0
+        planes = self._planes[block]
+        for k in range(len(planes) - 1, -1, -1):
+            more = bits & planes[k]
+            if more == bits:
+                count |= 1 << k
+            else:
+                bits ^= more
+        return count, bits
+
+    def _refresh(self, block: int) -> None:
+        wanted = self.wanted[block]
+        floor = self._rarest_in(block, wanted)[0] if wanted else -1
+        old = self._floor[block]
+        if floor == old:
+            return
+        self._floor[block] = floor
+        bit = 1 << block
+        if old >= 0:
+            self._blocks_at[old] ^= bit
+            if not self._blocks_at[old]:
+                self._levels ^= 1 << old
+        if floor >= 0:
+            while len(self._blocks_at) <= floor:
+                self._blocks_at.append(0)
+            self._blocks_at[floor] |= bit
+            self._levels |= 1 << floor
+
+    def check(self) -> None:
+        """Assert that the floors are what the counts say."""
+        for block, wanted in enumerate(self.wanted):
+            counts = [self.count(block * BLOCK + at) for at in range(wanted.bit_length()) if wanted >> at & 1]
+            assert self._floor[block] == min(counts, default=-1)
+        for level, blocks in enumerate(self._blocks_at):
+            assert blocks == sum(1 << b for b, floor in enumerate(self._floor) if floor == level)
+            assert bool(blocks) == bool(self._levels >> level & 1)

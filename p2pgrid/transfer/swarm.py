@@ -1,0 +1,604 @@
+"""Decide which chunk to ask of whom, to complete one pack.
+
+Pure: no clock, no sockets, no disk.  Bytes are verified before they are reported here, so
+the swarm reasons about chunk *indices* only.
+
+    wanted --Ask--> asked --Arrived--> held
+       ^              |
+       +---Rejected, Refused, Left, patience ran out
+
+An index is *wanted* while it is missing and no answering peer is asked for it.  Rarest first,
+ties broken by `rng` so that peers take different chunks from the seeder, and from there on in
+short runs of neighbours, which its disk reads in one go (BitTorrent: Cohen, 2003).  How much
+is outstanding at a peer follows its pace.
+
+A peer is *answering* until it is silent for longer than its pace allows; then it is *stalled*:
+its chunks are wanted again, it no longer counts for rarity, and it rests.  After that it is
+tried with a single chunk which others may bring as well, so no chunk ever waits for it; one
+that comes makes it answering again.  Silent `STALLS_MAX` times in a row it is shunned, unless
+it alone claims something we miss.  Whoever sends bytes that do not verify is shunned at once.
+
+A peer with nothing left to do is asked for what is overdue at others: the *end-game*,
+bounded by `DUPLICATES` of the bytes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import attrs
+
+from p2pgrid.ids import PeerId
+from p2pgrid.machine import Tick
+from p2pgrid.transfer.pace import CHUNKS_MAX, CHUNKS_MIN, WAIT_MIN, Pace
+from p2pgrid.transfer.rarity import BLOCK, Blocks, Chance, Rarity, blocks_of, indices, nth_bit
+
+RUN = 8
+"""Neighbours asked one after the other; few, or peers would wait for one another's runs."""
+REFUSALS_MAX = 3
+STALLS_MAX = 4
+REST = 5.0
+"""Seconds a peer rests after its first stall; doubled with each further one."""
+REST_MAX = 60.0
+PAUSE = 0.5
+"""Seconds between two looks at what is overdue."""
+LOOK_MAX = 64
+"""Overdue chunks looked at in one go."""
+DUPLICATES = 0.02
+"""Share of the bytes that may be asked of two peers at once."""
+
+
+# --- events ----------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Joined:
+    """`peer` is here and has the indices in `have` (bitmap, LSB first).  Again: it has these now."""
+
+    peer: PeerId
+    have: bytes
+
+
+@attrs.frozen
+class Told:
+    """`peer` has these indices, too."""
+
+    peer: PeerId
+    indices: Sequence[int]
+
+
+@attrs.frozen
+class Left:
+    """The link to `peer` ended."""
+
+    peer: PeerId
+
+
+@attrs.frozen
+class Arrived:
+    """`peer` brought chunk `index`, `size` bytes; it is verified and stored."""
+
+    peer: PeerId
+    index: int
+    size: int
+
+
+@attrs.frozen
+class Rejected:
+    """`peer` brought bytes for `index` that did not verify."""
+
+    peer: PeerId
+    index: int
+
+
+@attrs.frozen
+class Refused:
+    """`peer` does not have `index` after all."""
+
+    peer: PeerId
+    index: int
+
+
+@attrs.frozen
+class Held:
+    """These indices came in another way."""
+
+    indices: Sequence[int]
+
+
+Event = Joined | Told | Left | Arrived | Rejected | Refused | Held | Tick
+
+
+# --- effects ---------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Ask:
+    """Ask `peer` for these chunks, in this order."""
+
+    peer: PeerId
+    indices: tuple[int, ...]
+
+
+@attrs.frozen
+class Withdraw:
+    """Tell `peer` that `index` need not be sent any more; it may come all the same."""
+
+    peer: PeerId
+    index: int
+
+
+@attrs.frozen
+class Shun:
+    """`peer` is asked for nothing any more in this swarm."""
+
+    peer: PeerId
+    why: str
+
+
+@attrs.frozen
+class Completed:
+    """Every chunk is held."""
+
+
+Effect = Ask | Withdraw | Shun | Completed
+
+
+# --- the machine -----------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class _Peer:
+    id: PeerId
+    order: int
+    have: Blocks
+    useful: int
+    """The blocks, as bits, where it may have something wanted."""
+    pace: Pace = attrs.Factory(Pace)
+    asks: dict[int, float] = attrs.Factory(dict)
+    """Index to when it was asked; in the order they were."""
+    outstanding: int = 0
+    """Bytes asked and not here."""
+    since: float = 0.0
+    """When it last brought something, or was asked while it had nothing to do."""
+    stalls: int = 0
+    """Silences in a row; stalled while there are any."""
+    rests_until: float = -math.inf
+    alarm: float = math.inf
+    refusals: dict[int, int] = attrs.Factory(dict)
+    next: int = -1
+    """The neighbour of what was asked last."""
+    run: int = 0
+
+    def has(self, index: int) -> bool:
+        return bool(self.have[index // BLOCK] >> index % BLOCK & 1)
+
+
+class Swarm:
+    """The machine that completes one pack."""
+
+    def __init__(self, lengths: Sequence[int], have: bytes, rng: Chance, *, patience: float = 30.0) -> None:
+        """`lengths`: bytes of each frame by index; `have`: what is held (bitmap, LSB first)."""
+        count = len(lengths)
+        self._lengths = lengths
+        self._rng = rng
+        self._patience = patience
+        everything = blocks_of(b"\xff" * -(-count // 8), count)
+        self._held = blocks_of(have, count) if count else []
+        self._held += [0] * (len(everything) - len(self._held))
+        self._rarity = Rarity([a & ~h for a, h in zip(everything, self._held, strict=True)])
+        self.missing = count - sum(bits.bit_count() for bits in self._held)
+        self._peers: dict[PeerId, _Peer] = {}
+        self._shunned: set[PeerId] = set()
+        self._asked: dict[int, list[_Peer]] = {}
+        self._tries: dict[int, _Peer] = {}  # by order: those to look for work for, in this step
+        self._idle: dict[int, _Peer] = {}  # by order: those there was no work for
+        self._released = 0  # blocks where something became wanted again, in this step
+        self._alarms: list[tuple[float, int, _Peer]] = []
+        self._look_at = math.inf
+        self._twice: set[int] = set()  # asked of an idle peer, too
+        self._doubled = 0  # bytes of them, those that are here by now included
+        self._doubled_max = max(int(DUPLICATES * sum(lengths)), 4 * max(lengths, default=0))
+        self._typical = math.inf  # seconds from an ask to its chunk, over all peers
+        self._joins = 0
+        self._announced = False
+        self._now = -math.inf
+        self._effects: list[Effect] = []
+
+    @property
+    def complete(self) -> bool:
+        return self.missing == 0
+
+    @property
+    def deadline(self) -> float:
+        """When a `Tick` is due; `inf` if nothing is outstanding and nobody rests."""
+        if self.complete:
+            return math.inf if self._announced else -math.inf
+        return min(self._alarms[0][0] if self._alarms else math.inf, self._look_at)
+
+    def unavailable(self) -> list[int]:
+        """The missing indices that no answering peer has."""
+        return list(indices([self._missing(b) & self._rarity.nowhere(b) for b in range(len(self._held))]))
+
+    def step(self, event: Event, now: float) -> list[Effect]:
+        """Take one event and say what to do."""
+        self._effects = []
+        self._now = now
+        match event:
+            case Arrived(peer, index, size):
+                self._arrived(peer, index, size, now)
+            case Told(peer, told):
+                self._told(peer, told)
+            case Joined(peer, have):
+                self._joined(peer, have)
+            case Left(peer):
+                self._left(peer)
+            case Rejected(peer, _):
+                self._shun(peer, "sent bytes that are not the chunk's")
+            case Refused(peer, index):
+                self._refused(peer, index)
+            case Held(held):
+                for index in held:
+                    self._hold(index)
+            case Tick():
+                pass
+        if not self.complete:
+            self._wake(now)
+            self._feed(now)
+            self._look(now)
+        elif not self._announced:
+            self._announced = True
+            self._effects.append(Completed())
+        return self._effects
+
+    # --- what events do ---
+
+    def _joined(self, id_: PeerId, bitmap: bytes) -> None:
+        if id_ in self._shunned:
+            return
+        have = blocks_of(bitmap, len(self._lengths))
+        have += [0] * (len(self._held) - len(have))
+        peer = self._peers.get(id_)
+        if peer is None:
+            self._joins += 1
+            peer = self._peers[id_] = _Peer(id_, self._joins, have, 0)
+        else:
+            self._uncount(peer)
+            for index, refusals in peer.refusals.items():
+                if refusals >= REFUSALS_MAX:
+                    have[index // BLOCK] &= ~(1 << index % BLOCK)
+            peer.have = have
+            for index in [i for i in peer.asks if not peer.has(i)]:
+                self._withdraw(peer, index)
+        self._count(peer)
+        peer.useful = (1 << len(have)) - 1
+        self._tries[peer.order] = peer
+
+    def _told(self, id_: PeerId, told: Iterable[int]) -> None:
+        peer = self._peers.get(id_)
+        if peer is None:
+            return
+        for index in told:
+            if not 0 <= index < len(self._lengths) or peer.has(index):
+                continue
+            if peer.refusals.get(index, 0) >= REFUSALS_MAX:
+                continue
+            block, bit = index // BLOCK, 1 << index % BLOCK
+            peer.have[block] |= bit
+            peer.useful |= 1 << block
+            if not peer.stalls:
+                self._rarity.add(block, bit)
+        if peer.order in self._idle:
+            self._tries[peer.order] = peer
+
+    def _left(self, id_: PeerId) -> None:
+        peer = self._peers.pop(id_, None)
+        if peer is None:
+            return
+        for index in list(peer.asks):
+            self._drop(peer, index)
+        self._uncount(peer)
+        self._tries.pop(peer.order, None)
+        self._idle.pop(peer.order, None)
+
+    def _shun(self, id_: PeerId, why: str) -> None:
+        if id_ in self._shunned:
+            return
+        self._shunned.add(id_)
+        peer = self._peers.get(id_)
+        if peer is not None:
+            for index in list(peer.asks):
+                self._withdraw(peer, index)
+        self._left(id_)
+        self._effects.append(Shun(id_, why))
+
+    def _refused(self, id_: PeerId, index: int) -> None:
+        peer = self._peers.get(id_)
+        if peer is None or not 0 <= index < len(self._lengths):
+            return
+        if index in peer.asks:
+            self._drop(peer, index)
+        peer.refusals[index] = peer.refusals.get(index, 0) + 1
+        if peer.refusals[index] >= REFUSALS_MAX and peer.has(index):
+            block, bit = index // BLOCK, 1 << index % BLOCK
+            peer.have[block] ^= bit
+            if not peer.stalls:
+                self._rarity.remove(block, bit)
+        self._tries[peer.order] = peer
+
+    def _arrived(self, id_: PeerId, index: int, size: int, now: float) -> None:
+        assert 0 <= index < len(self._lengths)
+        peer = self._peers.get(id_)
+        if peer is not None:
+            asked_at = peer.asks.get(index)
+            if asked_at is not None:
+                waited = now - asked_at
+                peer.pace.arrived(size, waited, now)
+                self._typical = waited if self._typical == math.inf else 0.9 * self._typical + 0.1 * waited
+            peer.since = now
+            if peer.stalls:
+                self._revive(peer)
+            self._tries[peer.order] = peer
+        self._hold(index, peer)
+
+    def _hold(self, index: int, by: _Peer | None = None) -> None:
+        """`index` is held; whoever was asked for it, but `by`, need not send it."""
+        block, bit = index // BLOCK, 1 << index % BLOCK
+        if not self._held[block] & bit:
+            self._held[block] |= bit
+            self.missing -= 1
+            if self._rarity.wanted[block] & bit:
+                self._rarity.unwant(block, bit)
+        for peer in list(self._asked.get(index, ())):
+            if peer is by:
+                self._drop(peer, index)
+            else:
+                self._withdraw(peer, index)
+
+    # --- who is asked, and who counts ---
+
+    def _missing(self, block: int) -> int:
+        whole = min(BLOCK, len(self._lengths) - block * BLOCK)
+        return self._held[block] ^ ((1 << whole) - 1)
+
+    def _count(self, peer: _Peer) -> None:
+        """Count what an answering peer has."""
+        if not peer.stalls:
+            for block, bits in enumerate(peer.have):
+                if bits:
+                    self._rarity.add(block, bits)
+
+    def _uncount(self, peer: _Peer) -> None:
+        if not peer.stalls:
+            for block, bits in enumerate(peer.have):
+                if bits:
+                    self._rarity.remove(block, bits)
+
+    def _ask(self, peer: _Peer, index: int, now: float) -> None:
+        if not peer.asks:
+            peer.since = now
+            peer.pace.busy(now)
+        peer.asks[index] = now
+        peer.outstanding += self._lengths[index]
+        self._asked.setdefault(index, []).append(peer)
+
+    def _drop(self, peer: _Peer, index: int) -> None:
+        """`peer` is no longer asked for `index`; if it is missing, somebody else has to be."""
+        del peer.asks[index]
+        peer.outstanding -= self._lengths[index]
+        self._tries[peer.order] = peer
+        askers = self._asked[index]
+        askers.remove(peer)
+        if not askers:
+            del self._asked[index]
+        if not self._held[index // BLOCK] >> index % BLOCK & 1:
+            if index in self._twice:
+                self._doubled -= self._lengths[index]
+            self._want(index)
+        self._twice.discard(index)
+
+    def _withdraw(self, peer: _Peer, index: int) -> None:
+        self._effects.append(Withdraw(peer.id, index))
+        self._drop(peer, index)
+
+    def _want(self, index: int) -> None:
+        """Make a missing index wanted, unless an answering peer is asked for it."""
+        if all(peer.stalls for peer in self._asked.get(index, ())):
+            self._rarity.want(index // BLOCK, 1 << index % BLOCK)
+            self._released |= 1 << index // BLOCK
+
+    # --- silence ---
+
+    def _wait(self, peer: _Peer) -> float:
+        """Seconds of silence at which `peer`, asked for something, counts as stalled."""
+        if peer.pace.rate:
+            return peer.pace.wait(self._lengths[next(iter(peer.asks))], self._patience)
+        return min(max(8 * self._typical, WAIT_MIN), max(self._patience, WAIT_MIN))
+
+    def _set_alarm(self, peer: _Peer, at: float) -> None:
+        """Look at `peer` at this time or earlier; one that is set for earlier stays."""
+        if at < peer.alarm:
+            peer.alarm = at
+            heapq.heappush(self._alarms, (at, peer.order, peer))
+
+    def _wake(self, now: float) -> None:
+        while self._alarms:
+            at, _, peer = self._alarms[0]
+            live = at == peer.alarm and self._peers.get(peer.id) is peer
+            if live and at > now and (peer.asks or peer.rests_until > now):
+                return
+            heapq.heappop(self._alarms)
+            if live:
+                peer.alarm = math.inf
+                self._examine(peer, now)
+
+    def _examine(self, peer: _Peer, now: float) -> None:
+        """See whether a peer is silent for too long, or has rested."""
+        if peer.asks:
+            due = max(peer.since + self._wait(peer), peer.rests_until)
+            if due <= now:
+                self._stall(peer, now)
+            else:
+                self._set_alarm(peer, due)
+        elif peer.stalls:
+            if peer.rests_until <= now:
+                self._tries[peer.order] = peer
+            else:
+                self._set_alarm(peer, peer.rests_until)
+
+    def _stall(self, peer: _Peer, now: float) -> None:
+        self._uncount(peer)
+        peer.stalls += 1
+        if peer.stalls > STALLS_MAX and not self._alone(peer):
+            self._shun(peer.id, "answered nothing, again and again")
+            return
+        for index in list(peer.asks):
+            if self._rarity.count(index):
+                self._withdraw(peer, index)
+            else:
+                self._want(index)  # and it may still come from here
+        peer.rests_until = now + min(REST * 2 ** (peer.stalls - 1), REST_MAX)
+        self._set_alarm(peer, peer.rests_until)
+
+    def _revive(self, peer: _Peer) -> None:
+        peer.stalls = 0
+        peer.rests_until = -math.inf
+        self._count(peer)
+        for index in peer.asks:
+            self._rarity.unwant(index // BLOCK, 1 << index % BLOCK)
+
+    def _alone(self, peer: _Peer) -> bool:
+        """Whether something missing is claimed by no answering peer, but by this one."""
+        return any(
+            bits & self._missing(block) & self._rarity.nowhere(block) for block, bits in enumerate(peer.have)
+        )
+
+    # --- what to ask ---
+
+    def _feed(self, now: float) -> None:
+        """Ask every peer that got room, or for which something may have turned up."""
+        if self._released:
+            for peer in self._peers.values():
+                peer.useful |= self._released
+            self._released = 0
+            self._tries.update(self._idle)
+        tries, self._tries = self._tries, {}
+        for peer in sorted(tries.values(), key=lambda p: (p.stalls, -p.pace.rate, p.order)):
+            asked = self._fill(peer, now)
+            if asked:
+                self._effects.append(Ask(peer.id, tuple(asked)))
+                self._set_alarm(peer, peer.since + self._wait(peer))
+
+    def _fill(self, peer: _Peer, now: float) -> list[int]:
+        """Fill the room at `peer` with the rarest it has; remember it as idle if there is not enough."""
+        self._idle.pop(peer.order, None)
+        asked: list[int] = []
+        if now < peer.rests_until:
+            return asked
+        while self._room(peer):
+            block, bits, peer.useful = self._rarity.rarest(peer.have, peer.useful, self._rng)
+            if not bits:
+                self._idle[peer.order] = peer
+                break
+            asked += self._take(peer, block, bits, now)
+        return asked
+
+    def _room(self, peer: _Peer) -> bool:
+        if peer.stalls:
+            return not peer.asks
+        chunks = len(peer.asks)
+        return chunks < CHUNKS_MIN or (chunks < CHUNKS_MAX and peer.outstanding < peer.pace.window)
+
+    def _take(self, peer: _Peer, block: int, bits: int, now: float) -> list[int]:
+        """Ask for a run within `bits`: where the last one goes on, or from anywhere."""
+        at = peer.next - block * BLOCK
+        if not (peer.run and 0 <= at < BLOCK and bits >> at & 1):
+            at = nth_bit(bits, self._rng.randrange(bits.bit_count()))
+            peer.run = RUN
+        taken: list[int] = []
+        while peer.run and bits >> at & 1 and self._room(peer):
+            taken.append(block * BLOCK + at)
+            self._ask(peer, taken[-1], now)
+            at += 1
+            peer.run -= 1
+        peer.next = block * BLOCK + at
+        if not peer.stalls:
+            self._rarity.unwant(block, ((1 << len(taken)) - 1) << at - len(taken))
+        return taken
+
+    # --- the end-game ---
+
+    def _look(self, now: float) -> None:
+        """Every now and then let idle peers bring what is overdue at others."""
+        idle = [peer for peer in self._idle.values() if peer.pace.rate and not peer.stalls]
+        if not idle or not self._asked:
+            self._look_at = math.inf
+        elif self._look_at == math.inf:
+            self._look_at = now + PAUSE
+        elif self._look_at <= now:
+            self._look_at = now + PAUSE
+            self._double(idle, now)
+
+    def _double(self, idle: list[_Peer], now: float) -> None:
+        for remaining, _, index in heapq.nlargest(LOOK_MAX, self._remaining(now)):
+            if self._doubled + self._lengths[index] > self._doubled_max:
+                return
+            able = [peer for peer in idle if peer.has(index) and index not in peer.asks and self._room(peer)]
+            if not able:
+                continue
+            cost, peer = min(
+                ((p.pace.expected(p.outstanding + self._lengths[index]), p) for p in able),
+                key=lambda pair: (pair[0], pair[1].order),
+            )
+            if remaining > 2 * cost:
+                self._twice.add(index)
+                self._doubled += self._lengths[index]
+                self._ask(peer, index, now)
+                self._effects.append(Ask(peer.id, (index,)))
+                self._set_alarm(peer, peer.since + self._wait(peer))
+
+    def _remaining(self, now: float) -> Iterator[tuple[float, int, int]]:
+        """(seconds until it is likely to be here, the peer's order, index) of what is asked once."""
+        for peer in self._peers.values():
+            before = 0
+            for index in peer.asks:
+                before += self._lengths[index]
+                if len(self._asked[index]) > 1:
+                    continue
+                expected = peer.pace.expected(before) if peer.pace.rate else self._typical
+                silence = max(0.0, now - peer.since - expected)
+                yield expected + silence, peer.order, index
+
+    # --- invariants ---
+
+    def check(self) -> None:
+        """Assert every invariant; as slow as it is thorough."""
+        self._rarity.check()
+        missing = set(indices([self._missing(block) for block in range(len(self._held))]))
+        wanted = set(indices(self._rarity.wanted))
+        assert self.missing == len(missing)
+        busy = {i for i, askers in self._asked.items() if any(not p.stalls for p in askers)}
+        assert wanted == missing - busy, "wanted is what is missing and asked of no answering peer"
+        assert missing >= set(self._asked), "nothing held is asked"
+        assert all(self._asked.values())
+        assert not self._shunned & set(self._peers), "nobody shunned is here"
+        asks = sum(len(peer.asks) for peer in self._peers.values())
+        assert asks == sum(len(askers) for askers in self._asked.values())
+        for index in missing:
+            count = sum(p.has(index) for p in self._peers.values() if not p.stalls)
+            assert self._rarity.count(index) == count, "availability is what a recount says"
+        for peer in self._peers.values():
+            assert peer.outstanding == sum(self._lengths[i] for i in peer.asks)
+            assert all(peer.has(i) and peer in self._asked[i] for i in peer.asks)
+            assert len(peer.asks) <= CHUNKS_MAX
+            assert not peer.asks or peer.alarm < math.inf, "silence is noticed"
+            for block, bits in enumerate(peer.have):
+                assert not bits & self._rarity.wanted[block] or peer.useful >> block & 1
+        assert 0 <= self._doubled <= self._doubled_max
+        resting = any(
+            peer.stalls and not peer.asks and peer.alarm < math.inf for peer in self._peers.values()
+        )
+        if not self.complete:
+            assert (self.deadline < math.inf) == bool(asks or resting), "a tick is due iff there is a reason"
