@@ -1,0 +1,346 @@
+"""Do the swarm's rules hold after any history, and does it always finish in the end?"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from p2pgrid.ids import PeerId
+from p2pgrid.machine import Tick
+from p2pgrid.transfer.pace import CHUNKS_MAX
+from p2pgrid.transfer.swarm import (
+    REFUSALS_MAX,
+    Arrived,
+    Ask,
+    Completed,
+    Held,
+    Joined,
+    Left,
+    Refused,
+    Rejected,
+    Shun,
+    Swarm,
+    Told,
+    Withdraw,
+)
+
+PEERS = [PeerId(name) for name in ("ann", "bob", "cyd", "dee", "eve", "fay")]
+SEEDER = PeerId("seeder")
+
+
+def bitmap(have, count):
+    bits = sum(1 << i for i in set(have))
+    return bits.to_bytes(-(-count // 8), "little")
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """A model of what was said and asked, beside the swarm."""
+
+    @initialize(data=st.data(), seed=st.integers(0, 2**16), count=st.integers(1, 48))
+    def start(self, data, seed, count):
+        self.lengths = [1000 + 37 * (i % 5) for i in range(count)]
+        self.held = data.draw(st.sets(st.integers(0, count - 1)))
+        self.swarm = Swarm(self.lengths, bitmap(self.held, count), random.Random(seed))
+        self.now = 1000.0
+        self.have: dict[PeerId, set[int]] = {}
+        self.asked: dict[PeerId, list[int]] = {}
+        self.withdrawn: list[tuple[PeerId, int]] = []
+        self.refused: dict[tuple[PeerId, int], int] = {}
+        self.shunned: set[PeerId] = set()
+        self.completed = 0
+
+    def step(self, event):
+        for effect in self.swarm.step(event, self.now):
+            match effect:
+                case Ask(peer, wanted):
+                    assert wanted
+                    assert peer in self.have, "only who is here is asked"
+                    assert peer not in self.shunned
+                    for index in wanted:
+                        assert index not in self.held
+                        assert index in self.have[peer]
+                        assert index not in self.asked[peer], "asked once of one peer"
+                        assert self.refused.get((peer, index), 0) < REFUSALS_MAX
+                        self.asked[peer].append(index)
+                    assert len(self.asked[peer]) <= CHUNKS_MAX
+                case Withdraw(peer, index):
+                    self.asked[peer].remove(index)
+                    self.withdrawn.append((peer, index))
+                case Shun(peer, why):
+                    assert why
+                    assert peer not in self.shunned
+                    assert not self.asked.get(peer), "a shunned peer's asks were withdrawn"
+                    self.shunned.add(peer)
+                    self.forget(peer)
+                case Completed():
+                    self.completed += 1
+        self.swarm.check()
+        assert self.completed == (len(self.held) == len(self.lengths))
+        assert self.swarm.complete == (self.swarm.missing == 0)
+        if not self.completed:
+            assert self.swarm.deadline > self.now or self.swarm.deadline == math.inf
+            outstanding = any(self.asked.values())
+            assert not outstanding or self.swarm.deadline < math.inf
+            present = set().union(*self.have.values()) if self.have else set()
+            gone = set(self.swarm.unavailable())
+            assert gone >= set(range(len(self.lengths))) - self.held - present
+
+    def forget(self, peer):
+        self.have.pop(peer, None)
+        self.asked.pop(peer, None)
+        for key in [key for key in self.refused if key[0] == peer]:
+            del self.refused[key]
+
+    @rule(data=st.data(), peer=st.sampled_from(PEERS))
+    def joins(self, data, peer):
+        have = data.draw(st.sets(st.integers(0, len(self.lengths) - 1)))
+        if peer not in self.shunned:
+            for index in have.copy():
+                if self.refused.get((peer, index), 0) >= REFUSALS_MAX:
+                    have.discard(index)
+            self.have[peer] = have
+            self.asked.setdefault(peer, [])
+        self.step(Joined(peer, bitmap(have, len(self.lengths))))
+
+    @rule(data=st.data(), peer=st.sampled_from(PEERS))
+    def tells(self, data, peer):
+        told = data.draw(st.lists(st.integers(-1, len(self.lengths)), max_size=8))
+        if peer in self.have:
+            self.have[peer] |= {i for i in told if self.refused.get((peer, i), 0) < REFUSALS_MAX}
+        self.step(Told(peer, told))
+
+    @rule(peer=st.sampled_from(PEERS))
+    def leaves(self, peer):
+        self.forget(peer)
+        self.step(Left(peer))
+
+    def some_ask(self, data):
+        return data.draw(st.sampled_from([(p, i) for p, asked in self.asked.items() for i in asked]))
+
+    @precondition(lambda self: any(self.asked.values()))
+    @rule(data=st.data())
+    def brings(self, data):
+        peer, index = self.some_ask(data)
+        self.asked[peer].remove(index)
+        self.held.add(index)
+        self.step(Arrived(peer, index, self.lengths[index]))
+
+    @precondition(lambda self: self.withdrawn)
+    @rule(data=st.data())
+    def brings_what_was_withdrawn(self, data):
+        peer, index = data.draw(st.sampled_from(self.withdrawn))
+        if index in self.asked.get(peer, ()):
+            self.asked[peer].remove(index)
+        self.held.add(index)
+        self.step(Arrived(peer, index, self.lengths[index]))
+
+    @precondition(lambda self: any(self.asked.values()))
+    @rule(data=st.data())
+    def brings_garbage(self, data):
+        peer, index = self.some_ask(data)
+        self.step(Rejected(peer, index))
+        assert peer in self.shunned
+
+    @precondition(lambda self: any(self.asked.values()))
+    @rule(data=st.data())
+    def refuses(self, data):
+        peer, index = self.some_ask(data)
+        self.asked[peer].remove(index)
+        times = self.refused[peer, index] = self.refused.get((peer, index), 0) + 1
+        if times >= REFUSALS_MAX:
+            self.have[peer].discard(index)
+        self.step(Refused(peer, index))
+
+    @rule(data=st.data())
+    def comes_another_way(self, data):
+        held = data.draw(st.lists(st.integers(0, len(self.lengths) - 1), max_size=4))
+        self.held |= set(held)
+        self.step(Held(held))
+
+    @rule()
+    def waits_for_the_deadline(self):
+        if self.swarm.deadline < math.inf:
+            self.now = max(self.now, self.swarm.deadline)
+        self.step(Tick())
+
+    @rule(seconds=st.floats(0.001, 100))
+    def waits(self, seconds):
+        self.now += seconds
+        self.step(Tick())
+
+    def teardown(self):
+        """One honest seeder that answers everything, and the rest silent for good: it finishes."""
+        if not hasattr(self, "swarm"):
+            return
+        count = len(self.lengths)
+        self.have[SEEDER], self.asked[SEEDER] = set(range(count)), []
+        started = self.now
+        self.step(Joined(SEEDER, bitmap(range(count), count)))
+        for _ in range(20 * count + 200):
+            if self.swarm.complete:
+                break
+            if self.asked[SEEDER]:
+                self.now += 0.01
+                index = self.asked[SEEDER].pop(0)
+                self.held.add(index)
+                self.step(Arrived(SEEDER, index, self.lengths[index]))
+            else:
+                assert self.swarm.deadline < math.inf, "it would wait for ever"
+                self.now = self.swarm.deadline
+                self.step(Tick())
+        assert self.swarm.complete
+        assert self.completed == 1
+        assert self.now - started < 120, "and soon"
+
+
+TestAnyHistory = AnyHistory.TestCase
+TestAnyHistory.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+# --- what a reader should know by example ----------------------------------------------
+
+
+def swarm_of(count, have=(), size=1000, seed=1):
+    return Swarm([size] * count, bitmap(have, count), random.Random(seed))
+
+
+def asks(effects):
+    return [(e.peer, i) for e in effects if isinstance(e, Ask) for i in e.indices]
+
+
+def test_rarest_first():
+    swarm = swarm_of(40)
+    for name, have in (("ann", range(36)), ("bob", range(20)), ("cyd", range(20))):
+        swarm.step(Joined(name, bitmap(have, 40)), 0.0)
+    queue = asks(swarm.step(Joined("seeder", bitmap(range(40), 40)), 0.0))
+    order = []
+    while queue:
+        order.append(queue.pop(0)[1])
+        now = 0.001 * len(order)
+        queue += [
+            ask for ask in asks(swarm.step(Arrived("seeder", order[-1], 1000), now)) if ask[0] == "seeder"
+        ]
+    assert set(order[:4]) == {36, 37, 38, 39}, "what only the seeder has"
+    assert set(order[4:20]) <= set(range(20, 36)), "then what one more has"
+    assert set(order[20:]) <= set(range(20)) | set(range(20, 36))
+
+
+def test_a_complete_swarm_says_so_once():
+    swarm = swarm_of(3, have=[0, 1, 2])
+    assert swarm.complete
+    assert swarm.deadline < 0, "a driver comes by at once"
+    assert swarm.step(Tick(), 0.0) == [Completed()]
+    assert swarm.deadline == math.inf
+    assert swarm.step(Tick(), 1.0) == []
+
+
+def test_nothing_at_all_is_complete():
+    swarm = Swarm([], b"", random.Random(1))
+    assert swarm.step(Joined("ann", b""), 0.0) == [Completed()]
+    assert swarm.unavailable() == []
+
+
+def test_garbage_costs_one_chunk_and_the_rest_is_asked_of_others():
+    swarm = swarm_of(4)
+    mine = asks(swarm.step(Joined("liar", bitmap(range(4), 4)), 0.0))
+    swarm.step(Joined("ann", bitmap(range(4), 4)), 0.0)
+    effects = swarm.step(Rejected("liar", mine[0][1]), 0.1)
+    assert Shun("liar", "sent bytes that are not the chunk's") in effects
+    assert Withdraw("liar", mine[1][1]) in effects
+    assert asks(swarm.step(Joined("liar", bitmap(range(4), 4)), 0.2)) == []
+    assert asks(swarm.step(Told("liar", [0]), 0.2)) == []
+
+
+def test_the_window_grows_with_the_pace():
+    swarm = swarm_of(512, size=64 << 10)
+    queue = asks(swarm.step(Joined("ann", bitmap(range(512), 512)), 0.0))
+    assert len(queue) == 2
+    now, widest = 0.0, 0
+    while queue:
+        now += (64 << 10) / 100e6  # 100 MB/s
+        _, index = queue.pop(0)
+        queue += asks(swarm.step(Arrived("ann", index, 64 << 10), now))
+        widest = max(widest, len(queue))
+    assert swarm.complete
+    assert widest == CHUNKS_MAX
+
+
+def test_a_silent_peer_is_left_for_an_answering_one():
+    swarm = swarm_of(2)
+    mine = asks(swarm.step(Joined("mute", bitmap([0, 1], 2)), 0.0))
+    assert len(mine) == 2
+    assert swarm.deadline == 30.0
+    swarm.step(Joined("ann", bitmap([0, 1], 2)), 1.0)
+    effects = swarm.step(Tick(), 30.0)
+    assert {(e.peer, e.index) for e in effects if isinstance(e, Withdraw)} == {("mute", 0), ("mute", 1)}
+    assert sorted(asks(effects)) == [("ann", 0), ("ann", 1)]
+
+
+def test_a_peer_silent_again_and_again_is_shunned_if_it_is_not_needed():
+    swarm = swarm_of(1000)
+    swarm.step(Joined("mute", bitmap(range(1000), 1000)), 0.0)
+    queue = asks(swarm.step(Joined("ann", bitmap(range(1000), 1000)), 0.0))
+    asked_of_mute, now = 0, 0.0
+    while "mute" not in swarm._shunned:
+        now += 1.0
+        effects = swarm.step(Tick(), now) + swarm.step(Arrived("ann", queue.pop(0)[1], 1000), now)
+        queue += [ask for ask in asks(effects) if ask[0] == "ann"]
+        asked_of_mute += sum(ask[0] == "mute" for ask in asks(effects))
+        assert sum(i == queue[0][1] for _, i in queue) == 1
+    assert asked_of_mute == 4, "it was tried with one chunk after each rest"
+    assert now < 180
+
+
+def test_the_only_one_to_have_it_is_waited_for():
+    swarm = swarm_of(2)
+    assert len(asks(swarm.step(Joined("seeder", bitmap([0, 1], 2)), 0.0))) == 2
+    now = 0.0
+    for _ in range(20):
+        now = swarm.deadline
+        assert swarm.step(Tick(), now) == [], "neither withdrawn nor shunned: nobody else has it"
+    assert now > 600
+    assert swarm.unavailable() == [0, 1], "but it does not answer, and that is said"
+    swarm.step(Arrived("seeder", 0, 1000), now + 1)
+    assert swarm.unavailable() == []
+    assert swarm.step(Arrived("seeder", 1, 1000), now + 2) == [Completed()]
+
+
+def test_the_last_chunk_is_asked_of_an_idle_peer_when_it_is_overdue():
+    swarm = swarm_of(4)
+    slow = asks(swarm.step(Joined("slow", bitmap(range(4), 4)), 0.0))
+    fast = asks(swarm.step(Joined("fast", bitmap(range(4), 4)), 0.0))
+    for n, (_, index) in enumerate(fast):
+        swarm.step(Arrived("fast", index, 1000), 0.1 * (n + 1))
+    now, again = 0.2, []
+    while len(again) < 2:
+        now = swarm.deadline
+        again += asks(swarm.step(Tick(), now))
+    assert now < 3
+    assert sorted(again) == sorted(("fast", index) for _, index in slow)
+    effects = swarm.step(Arrived("fast", slow[0][1], 1000), now)
+    assert effects == [Withdraw("slow", slow[0][1])]
+
+
+def test_unavailable_names_exactly_what_nobody_has():
+    swarm = swarm_of(5000, have=[7])
+    swarm.step(Joined("ann", bitmap(range(4999), 5000)), 0.0)
+    assert swarm.unavailable() == [4999]
+    swarm.step(Left("ann"), 0.0)
+    assert swarm.unavailable() == [i for i in range(5000) if i != 7]
+    assert swarm.deadline == math.inf
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 2047, 2048, 2049])
+def test_any_count_of_chunks_completes(count):
+    swarm = swarm_of(count, have=[0] if count > 1 else [])
+    queue = asks(swarm.step(Joined("ann", b"\xff" * 400), 0.0))
+    now = 0.0
+    while queue:
+        now += 0.01
+        queue += asks(swarm.step(Arrived("ann", queue.pop(0)[1], 1000), now))
+    assert swarm.complete
