@@ -84,6 +84,7 @@ def _raise(value: Any) -> Any:
             raise BadObject(why="a tag that is not a link")
         return Cid.from_bytes(value.value[1:])
     if isinstance(value, dict):
+        _need(all(isinstance(k, str) for k in value), "a key that is not text")
         return {k: _raise(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_raise(v) for v in value]
@@ -116,7 +117,7 @@ def _need(ok: bool, why: str) -> None:
 
 def _take(value: dict[str, Any], kind: str, *fields: str) -> list[Any]:
     _need(value.get("kind") == kind, f"not a {kind}")
-    _need(value.get("v") == 1, f"a {kind} of unknown version")
+    _need(value.get("v") == 1 and value["v"] is not True, f"a {kind} of unknown version")
     _need(value.keys() == {"v", "kind", *fields}, f"a {kind} with other fields than it has")
     return [value[f] for f in fields]
 
@@ -360,6 +361,7 @@ class Recipe:
         form, exact, size, pages = _take(decode(data), "recipe", "format", "exact", "size", "pages")
         _need(form in FORMATS and isinstance(exact, bool), "a format we do not know")
         _need(isinstance(pages, list) and all(isinstance(p, Cid) for p in pages), "pages")
+        _need(exact or not pages, "pages of a recipe that is not exact")
         return cls(form, exact, _count(size, 2 * SIZE_MAX, "size"), tuple(pages))
 
 
@@ -391,6 +393,7 @@ def decode_segments(data: bytes) -> list[Segment]:
                 segments.append(Zeros(_count(length, 2 * SIZE_MAX, "length")))
             case _:
                 raise BadObject(why="a segment of unknown kind")
+    _need(encode_segments(segments) == data, "segments spelled in another way")
     return segments
 
 
@@ -492,13 +495,23 @@ class Tree:
                     files.append(File(path, _count(size, SIZE_MAX, "size"), executable))
                 case _:
                     raise BadObject(why="a file with an unsafe path or other fields than it has")
-        _need(len({f.path for f in files}) == len(files), "a path twice")
+        paths = {f.path for f in files}
+        _need(len(paths) == len(files), "a path twice")
+        _need(paths.isdisjoint(_folders(paths)), "a file that is a folder, too")
         _need(all(c is None or isinstance(c, Cid) for c in (content, pack)), "links")
         empty = sum(f.size for f in files) == 0
         _need((content is None) == empty and (pack is None) == empty, "links")
         tree = cls(tuple(files), content, pack, signer, signature)
         _verify(tree.DOMAIN, tree._fields(), signer, signature)
         return tree
+
+
+def _folders(paths: Iterable[str]) -> Iterator[str]:
+    """Every folder above one of `paths`."""
+    for path in paths:
+        while "/" in path:
+            path = path.rpartition("/")[0]
+            yield path
 
 
 def safe_path(path: str) -> bool:
@@ -508,7 +521,8 @@ def safe_path(path: str) -> bool:
         0 < len(path) <= 1024
         and len(parts) <= 32
         and all(0 < len(part.encode("utf-8", "replace")) <= 255 and part not in (".", "..") for part in parts)
-        and not any(ord(c) < 32 or c in "\\\x7f" or 0xD800 <= ord(c) <= 0xDFFF for c in path)
+        # Control characters would reach somebody's terminal; lone surrogates are no text.
+        and not any(c < " " or c == "\\" or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in path)
     )
 
 

@@ -43,7 +43,15 @@ from p2pgrid.dht.manifest import (
 )
 from p2pgrid.dht.objects import Objects
 from p2pgrid.dht.shelf import Shelf
-from p2pgrid.errors import BadObject, ChunkCorrupt, Misconfigured, NoSpace, NotFound, VerificationFailed
+from p2pgrid.errors import (
+    BadObject,
+    ChunkCorrupt,
+    Misconfigured,
+    NoSpace,
+    NotFound,
+    Temporary,
+    VerificationFailed,
+)
 from p2pgrid.ids import Cid
 
 MIN_FREE = 1 << 30
@@ -183,10 +191,18 @@ class Store:
                 self._shelves[pack] = shelf
             return shelf
 
+    def shelves(self) -> list[Shelf]:
+        """All packs that are here, in part or whole."""
+        with self._lock:
+            packs = sorted(set(self._begun.values()), key=str)
+        return [shelf for shelf in map(self.shelf, packs) if shelf is not None]
+
     def held(self) -> list[Held]:
         """The datums that are here, in part or whole; not those whose objects have rotted."""
         found: list[Held] = []
-        for datum, pack in sorted(self._begun.items(), key=lambda item: str(item[0])):
+        with self._lock:
+            begun = sorted(self._begun.items(), key=lambda item: str(item[0]))
+        for datum, pack in begun:
             shelf = self.shelf(pack)
             if shelf is not None and self._objects.here(datum):
                 total = len(shelf.frames.lengths)
@@ -212,8 +228,8 @@ class Store:
         """Bytes that count for the quota: all packs, begun ones in full."""
         return sum(size for size, _ in self._sizes())
 
-    def check_room(self, wanted: int) -> None:
-        """Raise `NoSpace` unless a pack of `wanted` bytes may be begun."""
+    def check_room(self, wanted: int, written: int = 0) -> None:
+        """Raise `NoSpace` unless a pack of `wanted` bytes may be begun, `written` of them in `staging`."""
         sizes = list(self._sizes())
         if self.quota is not None:
             left = self.quota - sum(size for size, _ in sizes)
@@ -221,8 +237,8 @@ class Store:
                 raise NoSpace(wanted=wanted, free=max(left, 0), where=f"the quota of {self.root}")
         promised = sum(max(size - written, 0) for size, written in sizes)
         left = free(self.root) - self.min_free - promised
-        if wanted > left:
-            raise NoSpace(wanted=wanted, free=max(left, 0), where=str(self.root))
+        if wanted - written > left:
+            raise NoSpace(wanted=wanted - written, free=max(left, 0), where=str(self.root))
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
@@ -248,8 +264,9 @@ class Store:
             if shelf is not None and staged is not None and not shelf.complete:
                 self._fill(shelf, staged)
             elif shelf is None:
-                assert staged is not None
-                self.check_room(0)
+                if staged is None:
+                    raise Temporary(why=f"{datum} was dropped while it was put again")
+                self.check_room(sum(frames.lengths), sum(frames.lengths))
                 Shelf.create(staged, frames, full=True)
                 self._install(staged, pack)
                 shelf = self._shelves[pack] = Shelf(self._packs / str(pack), pack, layout, frames)
@@ -276,13 +293,12 @@ class Store:
     def _share(self, shelf: Shelf) -> None:
         """Copy frames that other packs here hold, each checked as it leaves."""
         wanted = {d: i for i, d in enumerate(shelf.frames.digests) if not shelf.holds(i)}
-        for pack in set(self._begun.values()) - {shelf.pack}:
-            other = self.shelf(pack)
-            if other is None:
+        for other in self.shelves():
+            if other is shelf:
                 continue
             for index, name in enumerate(other.frames.digests):
                 if name in wanted and other.holds(index) and not shelf.holds(wanted[name]):
-                    with contextlib.suppress(ChunkCorrupt, NotFound, VerificationFailed):
+                    with contextlib.suppress(ChunkCorrupt, NotFound, Temporary, VerificationFailed):
                         frame = other.get_frame(index)
                         shelf.put_frame(wanted[name], frame)
                         shelf.local_bytes += len(frame)
