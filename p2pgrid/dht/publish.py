@@ -1,0 +1,178 @@
+"""Make a datum of what lies in files: a disk of an image, a tree of a folder.
+
+One pass over the bytes, then the objects, then the marker: a put that is cancelled or
+killed leaves nothing.  The same bytes under the same key give the same datum.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import attrs
+from nacl.signing import SigningKey
+
+from p2pgrid.dht.chunker import length_at, positions
+from p2pgrid.dht.image import Image, open_image
+from p2pgrid.dht.manifest import (
+    CHUNK_SIZE,
+    OBJECT_MAX,
+    SIZE_MAX,
+    Disk,
+    File,
+    Recipe,
+    Tree,
+    paged_segments,
+    safe_path,
+    signed,
+)
+from p2pgrid.dht.press import Pressed, Progress, press
+from p2pgrid.dht.store import Store
+from p2pgrid.errors import Misused, Temporary
+from p2pgrid.ids import Cid
+
+FILES_MAX = 100_000
+"""Files of a tree; its object's own bound (`OBJECT_MAX`) may come first."""
+
+
+@attrs.frozen
+class Published:
+    """What was put.  `content` is None for a tree of nothing but empty files."""
+
+    datum: Cid
+    content: Cid | None
+    size: int
+    """Bytes of guest space, or of all files."""
+    chunks: int
+    """Distinct chunks."""
+    holes: int
+    """Positions that are all zero."""
+    unique_bytes: int
+    """Plain bytes of the distinct chunks."""
+    wire_bytes: int
+    """Bytes of their frames: what a node that has nothing yet fetches."""
+    seconds: float
+
+
+def publish_disk(store: Store, path: Path, key: SigningKey, progress: Progress | None = None) -> Published:
+    """Put the disk image at `path`, signed with `key`.
+
+    Raises `ImageRefused` or `Misused` for what is no image of ours or changes while it is
+    read, `NoSpace` above the quota.
+    """
+    began = time.monotonic()
+    image = open_image(path)
+    try:
+        with store.staging() as staged:
+            pressed = press(store, key, image.size, _chunks(image), staged, progress)
+            segments = paged_segments(image.segments()) if image.exact else ()
+            pages = tuple(store.put_object(page) for page in segments)
+            recipe = store.put_object(Recipe(image.format, image.exact, image.file_size, pages).encode())
+            disk = signed(Disk(pressed.content, pressed.pack, recipe, b""), key)
+            datum = store.put_object(disk.encode())
+            store.adopt(datum, pressed.staged)
+        return _published(datum, pressed, image.size, began)
+    finally:
+        image.close()
+
+
+def _chunks(image: Image) -> Iterator[tuple[int, bytes]]:
+    for position in positions(image.size, image.extents()):
+        yield position, image.read(position * CHUNK_SIZE, length_at(image.size, position))
+
+
+def _published(datum: Cid, pressed: Pressed, size: int, began: float) -> Published:
+    return Published(datum, pressed.content, size, pressed.chunks, pressed.holes,
+                     pressed.unique_bytes, pressed.wire_bytes, time.monotonic() - began)  # fmt: skip
+
+
+# --- trees -----------------------------------------------------------------------------
+
+
+def publish_tree(store: Store, folder: Path, key: SigningKey, progress: Progress | None = None) -> Published:
+    """Put the regular files under `folder`; links and special files are left out.
+
+    Raises `Misused` for a name that cannot travel or too many files, `Temporary` when a
+    file changes while it is read.
+    """
+    began = time.monotonic()
+    files = _listed(folder)
+    size = sum(file.size for file in files)
+    if size > SIZE_MAX:
+        raise Misused(why=f"the files in {folder} are longer than {SIZE_MAX} bytes together")
+    if size == 0:
+        datum = _put_tree(store, Tree(tuple(files), None, None, b""), key)
+        with store.staging() as staged:
+            store.adopt(datum, staged)
+        return Published(datum, None, 0, 0, 0, 0, 0, time.monotonic() - began)
+    with store.staging() as staged:
+        pressed = press(store, key, size, _stream(folder, files), staged, progress)
+        datum = _put_tree(store, Tree(tuple(files), pressed.content, pressed.pack, b""), key)
+        store.adopt(datum, pressed.staged)
+    return _published(datum, pressed, size, began)
+
+
+def _put_tree(store: Store, tree: Tree, key: SigningKey) -> Cid:
+    data = signed(tree, key).encode()
+    if len(data) > OBJECT_MAX:
+        raise Misused(why=f"{len(tree.files)} files with such names are too many for one tree")
+    return store.put_object(data)
+
+
+def _listed(folder: Path) -> list[File]:
+    """The regular files under `folder`, sorted by path."""
+    if not folder.is_dir():
+        raise Misused(why=f"{folder} is not a folder")
+    files: list[File] = []
+    for parent, _, names in os.walk(folder, onerror=_unreadable):
+        for name in names:
+            about = os.lstat(Path(parent, name))
+            if not stat.S_ISREG(about.st_mode):
+                continue
+            path = Path(parent, name).relative_to(folder).as_posix()
+            if not safe_path(path):
+                raise Misused(why=f"the name {path[:200]!r} cannot travel")
+            files.append(File(path, about.st_size, bool(about.st_mode & stat.S_IXUSR)))
+    if len(files) > FILES_MAX:
+        raise Misused(why=f"{len(files)} files are more than {FILES_MAX}")
+    return sorted(files, key=lambda file: file.path)
+
+
+def _unreadable(refused: OSError) -> None:
+    raise Misused(why=f"{refused.filename} cannot be read: {refused.strerror}") from refused
+
+
+def _stream(folder: Path, files: Iterable[File]) -> Iterator[tuple[int, bytes]]:
+    """The files one after the other, cut into chunks."""
+    position = 0
+    rest = bytearray()
+    for file in files:
+        for piece in _pieces(folder / file.path, file.size):
+            rest += piece
+            while len(rest) >= CHUNK_SIZE:
+                yield position, bytes(rest[:CHUNK_SIZE])
+                del rest[:CHUNK_SIZE]
+                position += 1
+    if rest:
+        yield position, bytes(rest)
+
+
+def _pieces(path: Path, size: int) -> Iterator[bytes]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as refused:
+        raise Misused(why=f"{path} cannot be read: {refused.strerror}") from refused
+    try:
+        left = size
+        while piece := os.read(fd, min(left + 1, CHUNK_SIZE)):
+            left -= len(piece)
+            if left < 0:
+                break
+            yield piece
+        if left:
+            raise Temporary(why=f"{path} changed while it was read")
+    finally:
+        os.close(fd)
