@@ -87,6 +87,10 @@ class Rarity:
         at = index % BLOCK
         return sum((plane >> at & 1) << k for k, plane in enumerate(self._planes[index // BLOCK]))
 
+    @property
+    def nothing_wanted(self) -> bool:
+        return not self._levels
+
     def nowhere(self, block: int) -> int:
         """The bits of `block` that no peer has, and all beyond its end."""
         had = 0

@@ -46,6 +46,8 @@ PAUSE = 0.5
 """Seconds between two looks at what is overdue."""
 LOOK_MAX = 64
 """Overdue chunks looked at in one go."""
+GAIN_MIN = 1.0
+"""Seconds that asking a second peer has to win."""
 DUPLICATES = 0.02
 """Share of the bytes that may be asked of two peers at once."""
 
@@ -415,10 +417,14 @@ class Swarm:
         """Seconds of silence at which `peer`, asked for something, counts as stalled."""
         if peer.pace.rate:
             return peer.pace.wait(self._lengths[next(iter(peer.asks))], self._patience)
-        return min(max(8 * self._typical, WAIT_MIN), max(self._patience, WAIT_MIN))
+        return min(max(4 * self._typical, WAIT_MIN), max(self._patience, WAIT_MIN))
 
     def _set_alarm(self, peer: _Peer, at: float) -> None:
-        """Look at `peer` at this time or earlier; one that is set for earlier stays."""
+        """Look at `peer` at this time or earlier; one that is set for earlier stays.
+
+        Never much later, for what is too long a silence changes with what is known.
+        """
+        at = min(at, self._now + WAIT_MIN)
         if at < peer.alarm:
             peer.alarm = at
             heapq.heappush(self._alarms, (at, peer.order, peer))
@@ -506,9 +512,9 @@ class Swarm:
         return asked
 
     def _room(self, peer: _Peer) -> bool:
-        if peer.stalls:
-            return not peer.asks
         chunks = len(peer.asks)
+        if peer.stalls or not peer.pace.rate:
+            return not chunks
         return chunks < CHUNKS_MIN or (chunks < CHUNKS_MAX and peer.outstanding < peer.pace.window)
 
     def _take(self, peer: _Peer, block: int, bits: int, now: float) -> list[int]:
@@ -539,12 +545,11 @@ class Swarm:
             self._look_at = now + PAUSE
         elif self._look_at <= now:
             self._look_at = now + PAUSE
-            self._double(idle, now)
+            self._hurry(idle, now)
+            self._feed(now)
 
-    def _double(self, idle: list[_Peer], now: float) -> None:
-        for remaining, _, index in heapq.nlargest(LOOK_MAX, self._remaining(now)):
-            if self._doubled + self._lengths[index] > self._doubled_max:
-                return
+    def _hurry(self, idle: list[_Peer], now: float) -> None:
+        for remaining, _, slow, index in heapq.nlargest(LOOK_MAX, self._remaining(now)):
             able = [peer for peer in idle if peer.has(index) and index not in peer.asks and self._room(peer)]
             if not able:
                 continue
@@ -552,15 +557,25 @@ class Swarm:
                 ((p.pace.expected(p.outstanding + self._lengths[index]), p) for p in able),
                 key=lambda pair: (pair[0], pair[1].order),
             )
-            if remaining > 2 * cost:
+            if remaining <= 2 * cost:
+                continue
+            if index != next(iter(slow.asks)):
+                self._withdraw(slow, index)
+                self._rarity.unwant(index // BLOCK, 1 << index % BLOCK)
+            elif not self._rarity.nothing_wanted or remaining - cost < GAIN_MIN:
+                continue
+            elif self._doubled + self._lengths[index] <= self._doubled_max:
                 self._twice.add(index)
                 self._doubled += self._lengths[index]
-                self._ask(peer, index, now)
-                self._effects.append(Ask(peer.id, (index,)))
-                self._set_alarm(peer, peer.since + self._wait(peer))
+            else:
+                continue
+            self._ask(peer, index, now)
+            self._effects.append(Ask(peer.id, (index,)))
+            self._set_alarm(peer, peer.since + self._wait(peer))
 
-    def _remaining(self, now: float) -> Iterator[tuple[float, int, int]]:
-        """(seconds until it is likely to be here, the peer's order, index) of what is asked once."""
+    def _remaining(self, now: float) -> Iterator[tuple[float, int, _Peer, int]]:
+        """(seconds until it is likely to be here, order, peer, index) of what is asked once."""
+        order = 0
         for peer in self._peers.values():
             before = 0
             for index in peer.asks:
@@ -569,7 +584,8 @@ class Swarm:
                     continue
                 expected = peer.pace.expected(before) if peer.pace.rate else self._typical
                 silence = max(0.0, now - peer.since - expected)
-                yield expected + silence, peer.order, index
+                order += 1
+                yield expected + silence, order, peer, index
 
     # --- invariants ---
 

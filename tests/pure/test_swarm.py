@@ -53,6 +53,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.refused: dict[tuple[PeerId, int], int] = {}
         self.shunned: set[PeerId] = set()
         self.completed = 0
+        self.proven: set[PeerId] = set()
 
     def step(self, event):
         for effect in self.swarm.step(event, self.now):
@@ -67,7 +68,7 @@ class AnyHistory(RuleBasedStateMachine):
                         assert index not in self.asked[peer], "asked once of one peer"
                         assert self.refused.get((peer, index), 0) < REFUSALS_MAX
                         self.asked[peer].append(index)
-                    assert len(self.asked[peer]) <= CHUNKS_MAX
+                    assert len(self.asked[peer]) <= (CHUNKS_MAX if peer in self.proven else 1)
                 case Withdraw(peer, index):
                     self.asked[peer].remove(index)
                     self.withdrawn.append((peer, index))
@@ -91,6 +92,7 @@ class AnyHistory(RuleBasedStateMachine):
             assert gone >= set(range(len(self.lengths))) - self.held - present
 
     def forget(self, peer):
+        self.proven.discard(peer)
         self.have.pop(peer, None)
         self.asked.pop(peer, None)
         for key in [key for key in self.refused if key[0] == peer]:
@@ -127,6 +129,7 @@ class AnyHistory(RuleBasedStateMachine):
     def brings(self, data):
         peer, index = self.some_ask(data)
         self.asked[peer].remove(index)
+        self.proven.add(peer)
         self.held.add(index)
         self.step(Arrived(peer, index, self.lengths[index]))
 
@@ -136,6 +139,7 @@ class AnyHistory(RuleBasedStateMachine):
         peer, index = data.draw(st.sampled_from(self.withdrawn))
         if index in self.asked.get(peer, ()):
             self.asked[peer].remove(index)
+        self.proven.add(peer)
         self.held.add(index)
         self.step(Arrived(peer, index, self.lengths[index]))
 
@@ -187,6 +191,7 @@ class AnyHistory(RuleBasedStateMachine):
             if self.asked[SEEDER]:
                 self.now += 0.01
                 index = self.asked[SEEDER].pop(0)
+                self.proven.add(SEEDER)
                 self.held.add(index)
                 self.step(Arrived(SEEDER, index, self.lengths[index]))
             else:
@@ -245,21 +250,34 @@ def test_nothing_at_all_is_complete():
     assert swarm.unavailable() == []
 
 
-def test_garbage_costs_one_chunk_and_the_rest_is_asked_of_others():
+def test_garbage_costs_one_chunk_for_nobody_is_asked_for_two_before_one_was_good():
     swarm = swarm_of(4)
     mine = asks(swarm.step(Joined("liar", bitmap(range(4), 4)), 0.0))
+    assert len(mine) == 1
     swarm.step(Joined("ann", bitmap(range(4), 4)), 0.0)
     effects = swarm.step(Rejected("liar", mine[0][1]), 0.1)
+    assert Withdraw("liar", mine[0][1]) in effects
     assert Shun("liar", "sent bytes that are not the chunk's") in effects
-    assert Withdraw("liar", mine[1][1]) in effects
     assert asks(swarm.step(Joined("liar", bitmap(range(4), 4)), 0.2)) == []
     assert asks(swarm.step(Told("liar", [0]), 0.2)) == []
+
+
+def test_a_liar_found_late_has_its_asks_taken_over():
+    swarm = swarm_of(3)
+    (first,) = asks(swarm.step(Joined("liar", bitmap(range(3), 3)), 0.0))
+    (second,) = asks(swarm.step(Joined("ann", bitmap(range(3), 3)), 0.0))
+    asks(swarm.step(Arrived("liar", first[1], 1000), 0.1))
+    assert swarm.missing == 2
+    (third,) = {0, 1, 2} - {first[1], second[1]}
+    assert asks(swarm.step(Arrived("ann", second[1], 1000), 0.2)) == []
+    effects = swarm.step(Rejected("liar", third), 0.3)
+    assert effects == [Withdraw("liar", third), Shun("liar", effects[1].why), Ask("ann", (third,))]
 
 
 def test_the_window_grows_with_the_pace():
     swarm = swarm_of(512, size=64 << 10)
     queue = asks(swarm.step(Joined("ann", bitmap(range(512), 512)), 0.0))
-    assert len(queue) == 2
+    assert len(queue) == 1
     now, widest = 0.0, 0
     while queue:
         now += (64 << 10) / 100e6  # 100 MB/s
@@ -271,14 +289,15 @@ def test_the_window_grows_with_the_pace():
 
 
 def test_a_silent_peer_is_left_for_an_answering_one():
-    swarm = swarm_of(2)
-    mine = asks(swarm.step(Joined("mute", bitmap([0, 1], 2)), 0.0))
-    assert len(mine) == 2
-    assert swarm.deadline == 30.0
-    swarm.step(Joined("ann", bitmap([0, 1], 2)), 1.0)
-    effects = swarm.step(Tick(), 30.0)
-    assert {(e.peer, e.index) for e in effects if isinstance(e, Withdraw)} == {("mute", 0), ("mute", 1)}
-    assert sorted(asks(effects)) == [("ann", 0), ("ann", 1)]
+    swarm = swarm_of(1)
+    assert asks(swarm.step(Joined("mute", bitmap([0], 1)), 0.0)) == [("mute", 0)]
+    assert asks(swarm.step(Joined("ann", bitmap([0], 1)), 1.0)) == []
+    now, effects = 0.0, []
+    while not effects:
+        now = swarm.deadline
+        effects = swarm.step(Tick(), now)
+    assert now == 30.0, "its patience, while nothing was measured"
+    assert effects == [Withdraw("mute", 0), Ask("ann", (0,))]
 
 
 def test_a_peer_silent_again_and_again_is_shunned_if_it_is_not_needed():
@@ -298,32 +317,53 @@ def test_a_peer_silent_again_and_again_is_shunned_if_it_is_not_needed():
 
 def test_the_only_one_to_have_it_is_waited_for():
     swarm = swarm_of(2)
-    assert len(asks(swarm.step(Joined("seeder", bitmap([0, 1], 2)), 0.0))) == 2
+    ((_, first),) = asks(swarm.step(Joined("seeder", bitmap([0, 1], 2)), 0.0))
     now = 0.0
-    for _ in range(20):
+    for _ in range(200):
         now = swarm.deadline
         assert swarm.step(Tick(), now) == [], "neither withdrawn nor shunned: nobody else has it"
     assert now > 600
     assert swarm.unavailable() == [0, 1], "but it does not answer, and that is said"
-    swarm.step(Arrived("seeder", 0, 1000), now + 1)
+    assert swarm.step(Arrived("seeder", first, 1000), now + 1) == [Ask("seeder", (1 - first,))]
     assert swarm.unavailable() == []
-    assert swarm.step(Arrived("seeder", 1, 1000), now + 2) == [Completed()]
+    assert swarm.step(Arrived("seeder", 1 - first, 1000), now + 2) == [Completed()]
 
 
 def test_the_last_chunk_is_asked_of_an_idle_peer_when_it_is_overdue():
-    swarm = swarm_of(4)
-    slow = asks(swarm.step(Joined("slow", bitmap(range(4), 4)), 0.0))
-    fast = asks(swarm.step(Joined("fast", bitmap(range(4), 4)), 0.0))
-    for n, (_, index) in enumerate(fast):
-        swarm.step(Arrived("fast", index, 1000), 0.1 * (n + 1))
-    now, again = 0.2, []
-    while len(again) < 2:
+    swarm = swarm_of(3)
+    ((_, slow),) = asks(swarm.step(Joined("slow", bitmap(range(3), 3)), 0.0))
+    queue = asks(swarm.step(Joined("fast", bitmap(range(3), 3)), 0.0))
+    now = 0.0
+    while queue:
+        now += 0.1
+        queue += asks(swarm.step(Arrived("fast", queue.pop(0)[1], 1000), now))
+    effects = []
+    while not effects:
         now = swarm.deadline
-        again += asks(swarm.step(Tick(), now))
+        effects = swarm.step(Tick(), now)
     assert now < 3
-    assert sorted(again) == sorted(("fast", index) for _, index in slow)
-    effects = swarm.step(Arrived("fast", slow[0][1], 1000), now)
-    assert effects == [Withdraw("slow", slow[0][1])]
+    assert effects == [Ask("fast", (slow,))], "and slow may bring it as well"
+    assert swarm.step(Arrived("fast", slow, 1000), now) == [Withdraw("slow", slow), Completed()]
+
+
+def test_what_waits_behind_another_chunk_is_moved_to_an_idle_peer():
+    count, size = 40, 100_000
+    swarm = swarm_of(count, size=size)
+    queue = asks(swarm.step(Joined("slow", bitmap(range(count), count)), 0.0))
+    for now in (4.0, 8.0):  # 25 kB/s
+        queue += asks(swarm.step(Arrived("slow", queue.pop(0)[1], size), now))
+    assert len(queue) == 2
+    fast = asks(swarm.step(Joined("fast", bitmap(range(count), count)), 8.0))
+    now, moved = 8.0, []
+    while fast:
+        now += 0.02
+        effects = swarm.step(Arrived("fast", fast.pop(0)[1], size), now)
+        fast += [ask for ask in asks(effects) if ask[0] == "fast"]
+    while not moved:
+        effects = swarm.step(Tick(), swarm.deadline)
+        moved = [e.index for e in effects if isinstance(e, Withdraw)]
+    assert moved == [queue[1][1]]
+    assert ("fast", moved[0]) in asks(effects)
 
 
 def test_unavailable_names_exactly_what_nobody_has():
