@@ -101,8 +101,11 @@ def open_qcow2(source: Source) -> Mapped:
     reserved.reserve(l1_at, 8 * l1_size)
     reserved.reserve(refs_at, cluster * refs)
 
+    l1 = source.table("Q", l1_at, l1_size, "big", "its L1 table")
+    used = l1_size - l1.count(0)
+    need(used * cluster <= source.file_size, "its L1 table names more tables than it has room for")
     tables: list[tuple[int, int]] = []
-    for index, entry in enumerate(source.table("Q", l1_at, l1_size, "big", "its L1 table")):
+    for index, entry in enumerate(l1):
         if entry:
             offset = entry & OFFSET
             need(entry & ~(OFFSET | COPIED) == 0 and offset % cluster == 0, f"L1 entry {index} is malformed")

@@ -98,6 +98,8 @@ def open_vmdk(source: Source) -> Mapped:
     # A table that would begin behind every file is no number for an array, either.
     need(head.directory_at < SIZE_MAX // SECTOR, "its directory is past the end of the file")
     directory = source.table("I", head.directory_at * SECTOR, count, "little", "its grain directory")
+    used = count - directory.count(0)
+    need(used * 4 * PER_TABLE <= source.file_size, "its directory names more tables than it has room for")
     reserved.reserve(head.directory_at * SECTOR, 4 * count)
     for sector in directory:
         if sector:
