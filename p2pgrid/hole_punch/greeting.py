@@ -1,0 +1,92 @@
+"""Find out who is at the other end of a socket: dial, shake hands, hear the welcome.
+
+Everything here runs in trio on non-blocking sockets; whoever leaves early closes what it made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from p2pgrid.hole_punch.framing import HEADER
+from p2pgrid.hole_punch.path import Address
+
+T = TypeVar("T")
+
+
+def bare(sock: trio.socket.SocketType) -> socket.socket:
+    """The socket without trio around it, tuned: still non-blocking."""
+    bare = socket.socket(fileno=sock.detach())
+    bare.setblocking(False)
+    bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    bare.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # A peer whose machine is gone is noticed within half a minute, sending or not.
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):
+            bare.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+    return bare
+
+
+async def connect(address: Address, delay: float, send: trio.MemorySendChannel[socket.socket]) -> None:
+    async with send:
+        await trio.sleep(delay)
+        sock = trio.socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        try:
+            await sock.connect(address)
+            send.send_nowait(bare(sock))
+        except OSError:
+            return
+        finally:
+            sock.close()  # a socket that was handed on is detached: nothing happens
+
+
+def discard(answered: trio.MemoryReceiveChannel[socket.socket]) -> None:
+    with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+        while True:
+            answered.receive_nowait().close()
+    answered.close()
+
+
+async def greet(
+    context: ssl.SSLContext, sock: socket.socket, pinned: bytes | None, *, server: bool
+) -> ssl.SSLSocket | None:
+    """Shake hands on `sock`; where we dialled, compare the certificate and hear the welcome.
+
+    None, and the socket closed, where it is somebody else or nobody.
+    """
+    kept = False
+    try:
+        tls = context.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
+        sock = tls
+        await _patiently(tls, tls.do_handshake)
+        if pinned is not None:
+            if tls.getpeercert(binary_form=True) != pinned:
+                return None
+            for _ in range(HEADER):  # byte by byte: what follows is the link's
+                if await _patiently(tls, lambda: tls.recv(1)) != b"\0":
+                    return None
+        kept = True
+        return tls
+    except OSError:  # ssl.SSLError is one
+        return None
+    finally:
+        if not kept:
+            sock.close()
+
+
+async def _patiently(tls: ssl.SSLSocket, act: Callable[[], T]) -> T:
+    """Do `act` on a non-blocking TLS socket, waiting as it asks."""
+    while True:
+        try:
+            return act()
+        except ssl.SSLWantReadError:
+            await trio.lowlevel.wait_readable(tls.fileno())
+        except ssl.SSLWantWriteError:
+            await trio.lowlevel.wait_writable(tls.fileno())

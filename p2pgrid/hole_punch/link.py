@@ -1,0 +1,207 @@
+"""Move messages over one TLS socket, in one thread, both ways at once.
+
+An OpenSSL session must not be used by two threads, and a blocking read would keep writes
+waiting: so the thread that owns the socket never blocks in it.  It polls the socket and a
+waker, reads into the buffer of `Framing`, and writes from a queue:
+
+    any thread --send--> queue ---> |        |
+                                    | thread | <--TLS--> peer
+    receiver <--received, drained-- |        |
+
+Backpressure: nothing that is long is queued before `drained` asks for it, so a slow peer holds
+about `LOW` bytes here, and TCP does the rest.  A peer that has us queue more than `QUEUE_MAX`
+without reading is not coming back.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import select
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from p2pgrid.errors import BadFrame, PeerError
+from p2pgrid.hole_punch.framing import Framing, header
+from p2pgrid.hole_punch.path import Way
+from p2pgrid.ids import PeerId
+
+LOW = 1 << 20
+"""Bytes queued below which the receiver is asked for more: some chunks, 8 ms at 1 Gbit/s."""
+QUEUE_MAX = 32 << 20
+"""Bytes queued beyond which the peer has stopped reading what it asked for."""
+BURST = 1 << 20
+"""Bytes moved one way before the other way gets its turn."""
+JOINT = 4096
+"""Bytes below which buffers are copied together: a TLS record of its own costs more."""
+
+
+class Receiver(Protocol):
+    """Takes what one link brings.  Every call comes in the link's own thread."""
+
+    def received(self, message: memoryview) -> None:
+        """`message` is good until this returns.  Raising `PeerError` ends the link."""
+        ...
+
+    def drained(self) -> None:
+        """Less than `LOW` bytes wait to be sent: the time to send something long."""
+        ...
+
+    def left(self, why: str) -> None:
+        """After the last message; nothing sent from now on arrives."""
+        ...
+
+
+Receive = Callable[["Link"], Receiver]
+"""Makes the receiver of a new link; called by whoever makes the link, before its thread starts."""
+
+
+class Link:
+    """A live connection to one peer.  Thread-safe."""
+
+    def __init__(self, peer: PeerId, way: Way, sock: ssl.SSLSocket, receive: Receive) -> None:
+        self.peer = peer
+        self.way = way
+        self._socket = sock
+        self._framing = Framing()
+        self._queue: collections.deque[bytes] = collections.deque()
+        self._queued = 0
+        self._unsent = memoryview(b"")
+        self._lock = threading.Lock()
+        self._closing = ""
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._thread = 0
+        self.receiver = receive(self)
+
+    def __repr__(self) -> str:
+        return f"<Link {self.peer} {self.way.value}{' closing: ' + self._closing if self._closing else ''}>"
+
+    @property
+    def live(self) -> bool:
+        return not self._closing
+
+    @property
+    def queued(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._queued
+
+    def send(self, *buffers: bytes) -> None:
+        """Queue one whole message; never blocks.  On a link that has ended it is lost."""
+        length = sum(map(len, buffers))
+        head = header(length)
+        pieces = [head + b"".join(buffers)] if length < JOINT else [head + buffers[0], *buffers[1:]]
+        with self._lock:
+            if self._closing:
+                return
+            self._queue.extend(pieces)
+            self._queued += sum(map(len, pieces))
+        if self._queued > QUEUE_MAX:
+            self.close("the peer does not read")
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the thread look at the queue, and ask `drained` again."""
+        if threading.get_ident() != self._thread:
+            self._ring()
+
+    def close(self, why: str = "closed here") -> None:
+        """End the link soon; `left` is called in its thread."""
+        with self._lock:
+            self._closing = self._closing or why
+            self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # it is full, so the thread will wake; or closed: it has ended
+            self._waker.send(b"\0")
+
+    def run(self) -> None:
+        """Be the link's thread: returns when the link has ended and its socket is closed."""
+        self._thread = threading.get_ident()
+        why = "our own mistake"
+        try:
+            why = self._pump()
+        except PeerError as wrong:
+            why = str(wrong)
+        except OSError as broken:
+            why = f"the connection broke: {broken}"
+        finally:
+            with self._lock:
+                self._closing = self._closing or why
+                self._queue.clear()
+                self._queued = 0
+                self._waker.close()
+            self._woken.close()
+            self._socket.close()
+            self.receiver.left(self._closing)
+
+    def _pump(self) -> str:
+        poll = select.poll()
+        poll.register(self._woken, select.POLLIN)
+        poll.register(self._socket, select.POLLIN)
+        interest = select.POLLIN
+        while not self._closing:
+            pulled = self._pull()
+            if pulled is None:
+                return "the peer closed the link"
+            if self._queued < LOW:
+                self.receiver.drained()
+            pushed, sent = self._push()
+            if pulled == select.POLLPRI or (sent and self._queued < LOW):
+                continue  # more may be there to read, or to be asked for
+            if (pushed | pulled) != interest:
+                interest = pushed | pulled
+                poll.modify(self._socket, interest)
+            for fd, _ in poll.poll():
+                if fd == self._woken.fileno():
+                    self._woken.recv(4096)
+        return self._closing
+
+    def _push(self) -> tuple[int, int]:
+        """Write from the queue; what to poll for then, and how many bytes went."""
+        sent = 0
+        try:
+            while sent < BURST:
+                if not self._unsent:
+                    with self._lock:
+                        if not self._queue:
+                            return select.POLLIN, sent
+                        self._unsent = memoryview(self._queue.popleft())
+                # After a would-block TLS wants to see the same bytes again: `_unsent` keeps them.
+                count = self._socket.send(self._unsent)
+                self._unsent = self._unsent[count:]
+                sent += count
+                with self._lock:
+                    self._queued -= count
+        except ssl.SSLWantReadError:
+            return select.POLLIN, sent
+        except ssl.SSLWantWriteError:
+            pass
+        return select.POLLIN | select.POLLOUT, sent
+
+    def _pull(self) -> int | None:
+        """Read and hand over messages; what to poll for then, or None at the end of the stream.
+
+        `POLLPRI`: do not poll, there may be more.
+        """
+        got = 0
+        try:
+            while got < BURST:
+                count = self._socket.recv_into(self._framing.space())
+                if count == 0:
+                    return None
+                got += count
+                for body in self._framing.filled(count):
+                    if not body:
+                        raise BadFrame(why="a welcome in the middle of a link")
+                    self.receiver.received(body)
+                if self._closing:
+                    break
+        except ssl.SSLWantReadError:
+            return select.POLLIN
+        except ssl.SSLWantWriteError:
+            return select.POLLIN | select.POLLOUT
+        return select.POLLPRI

@@ -1,0 +1,84 @@
+"""Say by which way a link came about, and where a peer's bulk port may be tried.
+
+Pure.  A peer tells `host:port` pairs on the control channel; the hosts at which libp2p
+reaches it are tried with its bulk port too, because what a node believes about its own
+address and what others see of it may differ.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from collections.abc import Iterable
+
+Address = tuple[str, int]
+"""An IP address in text, and a TCP port."""
+
+ADDRESSES_MAX = 16
+"""Addresses tried of one peer: a machine has a few; a longer list is a mistake or an attack."""
+
+
+class Way(enum.Enum):
+    """How a link came about."""
+
+    DIRECT = "direct"
+    """The side that wanted it dialled."""
+    REVERSE = "reverse"
+    """The other side was asked to dial."""
+
+
+def parse_address(text: str) -> Address | None:
+    """`"10.0.0.1:7"` or `"[::1]:7"`; None for anything that is not an IP address and a port."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        return None
+    if ip.is_unspecified or ip.is_multicast:
+        return None
+    return str(ip), int(port)
+
+
+def format_address(address: Address) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def hosts_of(multiaddrs: Iterable[str]) -> list[str]:
+    """The IP hosts at the head of multiaddrs, each once, wildcards and relayed ones left out."""
+    hosts: dict[str, None] = {}
+    for multiaddr in multiaddrs:
+        match multiaddr.split("/"):
+            case ["", "ip4" | "ip6", host, *rest] if "p2p-circuit" not in rest:
+                try:
+                    ip = ipaddress.ip_address(host)
+                except ValueError:
+                    continue
+                if not ip.is_unspecified:
+                    hosts[str(ip)] = None
+    return list(hosts)
+
+
+def candidates(told: Iterable[str], multiaddrs: Iterable[str]) -> list[Address]:
+    """Where to dial a peer that told `told` and is known to libp2p at `multiaddrs`, best first."""
+    addresses = dict.fromkeys(a for a in map(parse_address, told) if a is not None)
+    ports = dict.fromkeys(port for _, port in addresses)
+    addresses.update(dict.fromkeys((host, port) for host in hosts_of(multiaddrs) for port in ports))
+    return list(addresses)[:ADDRESSES_MAX]
+
+
+def own_addresses(bound: Iterable[Address], multiaddrs: Iterable[str]) -> list[str]:
+    """What to tell a peer: each bound port at its own host, or at libp2p's hosts where it is a wildcard."""
+    told: dict[str, None] = {}
+    for host, port in bound:
+        ip = ipaddress.ip_address(host)
+        hosts = [host]
+        if ip.is_unspecified:
+            known = (ipaddress.ip_address(h) for h in hosts_of(multiaddrs))
+            hosts = [str(h) for h in known if ip.version == 6 or h.version == 4]
+        told.update(dict.fromkeys(format_address((h, port)) for h in hosts))
+    return list(told)[:ADDRESSES_MAX]

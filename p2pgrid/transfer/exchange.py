@@ -1,0 +1,174 @@
+"""Exchange data with any peer over one link each: seed whatever the store holds, fetch what is wanted.
+
+    fetch ──> Download (fetch.py) ─┐                          ┌─> Seeding (seed.py) ──> store
+              Download ────────────┴──> Session, a link each ─┴─> Want ──> shelf
+
+Each link runs in a thread of its own (`hole_punch/link.py`); everything here runs in trio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+
+import trio
+
+from p2pgrid.dht.shelf import Shelf
+from p2pgrid.dht.store import Store
+from p2pgrid.errors import Unreachable
+from p2pgrid.hole_punch.bulk import Link, Links, open_links
+from p2pgrid.hole_punch.path import Address
+from p2pgrid.ids import Cid, PeerId
+from p2pgrid.net import Index, Network
+from p2pgrid.transfer.fetch import Download, Fetched, Progress
+from p2pgrid.transfer.messages import ADDRESS_MAX, ADDRESSES_MAX, PEERS_MAX, Peers, encode
+from p2pgrid.transfer.seed import Audience, Seeding
+from p2pgrid.transfer.session import Session
+
+__all__ = ["Exchange", "Fetched", "Progress", "open_exchange"]
+
+
+class Exchange:
+    """See `open_exchange`."""
+
+    def __init__(
+        self,
+        network: Network,
+        index: Index,
+        store: Store,
+        allow: Callable[[PeerId], bool],
+        rng: random.Random,
+    ) -> None:
+        self.store = store
+        self.index = index
+        self.links: Links
+        self._network = network
+        self._allow = allow
+        self._rng = rng
+        self._token = trio.lowlevel.current_trio_token()
+        self._audience = Audience()
+        self._sessions: dict[Link, Session] = {}
+        self._downloads: dict[Cid, tuple[Download, trio.Event]] = {}
+        self._served: dict[PeerId, int] = {}
+        self._served_lock = threading.Lock()
+
+    @property
+    def served(self) -> dict[PeerId, int]:
+        """Payload bytes sent, by peer, since the exchange was opened."""
+        with self._served_lock:
+            return dict(self._served)
+
+    async def fetch(
+        self, datum: Cid, peers: Iterable[PeerId] = (), progress: Callable[[Progress], None] | None = None
+    ) -> Fetched:
+        """Complete `datum` from `peers` and whoever else has it; returns when it is complete.
+
+        The caller bounds the time; cancelled, it leaves what came for the next fetch.  Two
+        fetches of one datum share the work.  Raises `BadObject`, `VerificationFailed`, `NoSpace`.
+        """
+        while datum in self._downloads:
+            download, done = self._downloads[datum]
+            download.hint(peers)
+            with _listening(download, progress):
+                await done.wait()
+            # It completed, then the next one finds everything here; or it was cancelled, and we go on.
+        download, done = Download(datum, self, self._rng), trio.Event()
+        download.hint(peers)
+        self._downloads[datum] = download, done
+        try:
+            with _listening(download, progress):
+                return await download.run()
+        finally:
+            del self._downloads[datum]
+            done.set()
+
+    # --- what a download needs (`Peering`) --------------------------------------------------
+
+    async def session(self, peer: PeerId) -> Session:
+        link = await self.links.link(peer)
+        session = self._sessions.get(link)
+        if session is None:
+            raise Unreachable(who=peer, why="the link ended at once")
+        return session
+
+    def allowed(self, peer: PeerId) -> bool:
+        return peer != self._network.me and self._allow(peer)
+
+    def learn(self, peer: PeerId, addresses: Iterable[str]) -> None:
+        self._network.learn(peer, list(addresses))
+
+    def show(self, shelf: Shelf) -> None:
+        self._audience.show(shelf)
+
+    def tell(self, pack: Cid, indices: list[int]) -> None:
+        self._audience.tell(pack, indices)
+
+    # --- links ------------------------------------------------------------------------------
+
+    def _receive(self, link: Link) -> Session:
+        session = Session(link, self._seeding, self._ended, self._token)
+        self._sessions[link] = session
+        return session
+
+    def _seeding(self, link: Link) -> Seeding:
+        def sent(count: int) -> None:
+            with self._served_lock:
+                self._served[link.peer] = self._served.get(link.peer, 0) + count
+
+        def opened(link: Link, topic: int, pack: Cid) -> None:
+            self._token.run_sync_soon(self._opened, link, topic, pack)
+
+        return Seeding(link, self.store, self._audience, opened, sent)
+
+    def _ended(self, session: Session, why: str) -> None:
+        self._sessions.pop(session.link, None)
+        for download, _ in self._downloads.values():
+            download.lost(session)
+
+    def _opened(self, link: Link, topic: int, pack: Cid) -> None:
+        """A peer wants `pack`: tell it who else does, and ask it, too, if we want it ourselves."""
+        others = {listener.peer for listener, _ in self._audience.of(pack)}
+        for download, _ in self._downloads.values():
+            if download.pack == pack:
+                download.hint([link.peer])
+                others.update(download.peers())
+        others -= {link.peer, self._network.me}
+        rows: list[tuple[PeerId, tuple[str, ...]]] = []
+        for peer in self._rng.sample(sorted(others), min(PEERS_MAX, len(others))):
+            addresses = [a for a in self._network.addresses_of(peer) if len(a) <= ADDRESS_MAX]
+            rows.append((peer, tuple(addresses[:ADDRESSES_MAX])))
+        if rows:
+            link.send(*encode(Peers(topic, tuple(rows))))
+
+
+@contextlib.asynccontextmanager
+async def open_exchange(
+    network: Network,
+    index: Index,
+    store: Store,
+    listen: Sequence[Address] = (("0.0.0.0", 0),),
+    *,
+    allow: Callable[[PeerId], bool] = lambda peer: True,
+    rng: random.Random | None = None,
+) -> AsyncIterator[Exchange]:
+    """Seed what `store` holds, and fetch, while inside.  `allow` says who is a member.
+
+    On leaving, all links are closed and no thread is left; leave fetches before.
+    """
+    exchange = Exchange(network, index, store, allow, rng or random.Random())
+    async with open_links(network, listen, exchange._receive, allow) as exchange.links:
+        yield exchange
+
+
+@contextlib.contextmanager
+def _listening(download: Download, progress: Callable[[Progress], None] | None) -> Iterator[None]:
+    if progress is None:
+        yield
+        return
+    download.listeners.append(progress)
+    try:
+        yield
+    finally:
+        download.listeners.remove(progress)

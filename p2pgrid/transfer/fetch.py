@@ -1,0 +1,484 @@
+"""Complete one datum: its objects first, then the frames of its pack, from whoever has them.
+
+    look for peers ───────────────────────────────────────────> (until complete)
+    objects, each by name ─> begin the pack ─> Swarm: Ask … Arrived … Completed
+
+One story; cancelling it leaves a shelf that the next fetch goes on with.  It never gives up by
+itself: how long to wait is the caller's to say, and `Progress` says what is lacking, so that
+"nobody has chunk 17" is known within seconds and not after a timeout.
+
+Peers are found by hints, by the index, by being told of each other (`Peers`), and by their own
+opening of the pack; so whoever fetches the same thing meets, and the putter is not all there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import threading
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import attrs
+import trio
+
+from p2pgrid.dht.manifest import decode_datum
+from p2pgrid.dht.shelf import Shelf
+from p2pgrid.dht.store import Store
+from p2pgrid.drive import drive
+from p2pgrid.errors import BadObject, GridError, NotFound, Unreachable, WorldError
+from p2pgrid.ids import Cid, PeerId
+from p2pgrid.net import Index
+from p2pgrid.transfer.messages import INDICES_MAX
+from p2pgrid.transfer.session import Session, Want
+from p2pgrid.transfer.swarm import (
+    Arrived,
+    Ask,
+    Completed,
+    Effect,
+    Event,
+    Held,
+    Joined,
+    Left,
+    Shun,
+    Swarm,
+    Withdraw,
+)
+
+SEARCH = 3.0
+"""Seconds between two searches for more peers, while incomplete."""
+REST_MIN, REST_MAX = 0.5, 30.0
+"""Seconds before a peer that was lost or could not be reached is tried again; doubled each time."""
+PEERS_MAX = 40
+"""Peers of one fetch; with more, each is asked too little to be worth its link."""
+OBJECTS_AT_ONCE = 8
+OBJECT_PATIENCE = 15.0
+"""Seconds for an object (at most 1 MiB) before it is asked of another peer."""
+ANNOUNCE = 0.025
+"""Seconds that news of chunks wait for more of them."""
+REPORT = 0.25
+"""Seconds between two progress reports."""
+
+
+@attrs.frozen
+class Progress:
+    """How far a fetch is.  Bytes are those of frames, as they are stored and sent."""
+
+    bytes_done: int
+    bytes_total: int
+    """0 until the pack is known."""
+    bytes_by_peer: dict[PeerId, int]
+    local: int
+    """Bytes copied from other packs of this store."""
+    resumed: int
+    """Bytes that an earlier fetch had brought."""
+    rate: float
+    """Bytes per second, lately."""
+    peers: int
+    missing: int
+    """Chunks not here."""
+    unavailable: int
+    """Missing chunks that no connected peer has."""
+    stalled_for: float
+    """Seconds since something came."""
+
+
+@attrs.frozen
+class Fetched:
+    """A fetch that is complete."""
+
+    bytes_by_peer: dict[PeerId, int]
+    local_bytes: int
+    resumed_bytes: int
+    seconds: float
+
+
+class Peering(Protocol):
+    """What a fetch needs of the exchange."""
+
+    store: Store
+    index: Index
+
+    async def session(self, peer: PeerId) -> Session:
+        """Raises `Unreachable`."""
+        ...
+
+    def allowed(self, peer: PeerId) -> bool: ...
+
+    def learn(self, peer: PeerId, addresses: Iterable[str]) -> None: ...
+
+    def show(self, shelf: Shelf) -> None:
+        """Tell who has opened the shelf's pack what is here."""
+        ...
+
+    def tell(self, pack: Cid, indices: list[int]) -> None: ...
+
+
+@attrs.define
+class _Contact:
+    """A peer that may have something."""
+
+    session: Session | None = None
+    want: Want | None = None
+    trying: bool = False
+    shunned: bool = False
+    losses: int = 0
+    rests_until: float = -math.inf
+
+
+class Download:
+    """One datum being completed; a `Wanter`.  Run it once."""
+
+    def __init__(self, datum: Cid, peering: Peering, rng: random.Random) -> None:
+        self.datum = datum
+        self.pack: Cid | None = None
+        self.listeners: list[Callable[[Progress], None]] = []
+        self._peering = peering
+        self._store = peering.store
+        self._rng = rng
+        self._token = trio.lowlevel.current_trio_token()
+        self._scope = trio.CancelScope()
+        self._failure: GridError | None = None
+        self._contacts: dict[PeerId, _Contact] = {}
+        self._news = trio.Event()
+        """Set, and replaced, when a peer was found or lost."""
+        self._keys = [datum]
+        self._lock = threading.Lock()
+        self._reports: list[Event] = []
+        self._inbox: trio.MemorySendChannel[Event] | None = None
+        self._shelf: Shelf | None = None
+        self._swarm: Swarm | None = None
+        self._arrived = bytearray()
+        self._fresh: list[int] = []
+        self._freshly = trio.Event()
+        self._bytes_by_peer: dict[PeerId, int] = {}
+        self._done = self._total = self._local = self._resumed = 0
+        self._started = self._last = trio.current_time()
+        self._rate = 0.0
+
+    # --- the story ------------------------------------------------------------------------
+
+    async def run(self) -> Fetched:
+        """Raises `BadObject` where the datum's own objects do not fit together, and what the
+        store raises when it cannot take it."""
+        try:
+            with self._scope:
+                if not await self._all_here():
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._search, nursery)
+                        nursery.start_soon(self._report)
+                        nursery.start_soon(self._announce)
+                        try:
+                            await self._objects()
+                            await self._begin()
+                            await self._complete()
+                        except GridError as wrong:
+                            self._failure = wrong
+                        nursery.cancel_scope.cancel()
+                    await self._flush()
+        finally:
+            self._let_go()
+        if self._failure is not None:
+            raise self._failure
+        self._tell_listeners()
+        return Fetched(
+            dict(self._bytes_by_peer), self._local, self._resumed, trio.current_time() - self._started
+        )
+
+    async def _all_here(self) -> bool:
+        if await trio.to_thread.run_sync(self._store.missing_objects, self.datum):
+            return False
+        await self._begin()
+        assert self._shelf is not None
+        return self._shelf.complete
+
+    async def _objects(self) -> None:
+        limit = trio.CapacityLimiter(OBJECTS_AT_ONCE)
+        while missing := await trio.to_thread.run_sync(self._store.missing_objects, self.datum):
+            async with trio.open_nursery() as nursery:
+                for cid in missing:
+                    nursery.start_soon(self._object, cid, limit)
+
+    async def _object(self, cid: Cid, limit: trio.CapacityLimiter) -> None:
+        tried: set[Session] = set()
+        while True:
+            sessions = [s for s in self._sessions() if s not in tried]
+            if not sessions:
+                tried.clear()
+                with trio.move_on_after(SEARCH):
+                    await self._news.wait()
+                continue
+            session = self._rng.choice(sessions)
+            tried.add(session)
+            async with limit:
+                with trio.move_on_after(OBJECT_PATIENCE):
+                    try:
+                        data = await session.get_object(cid)
+                    except BadObject:
+                        self._shun(session.peer)
+                        continue
+                    if data is None:
+                        continue
+                    try:
+                        await trio.to_thread.run_sync(self._store.put_object, data)
+                    except WorldError as full:
+                        return self._give_up(full)
+                    self._last = trio.current_time()
+                    return None
+
+    async def _begin(self) -> None:
+        """Make or find the shelf, and tell the others what is on it."""
+        if self._shelf is not None:
+            return
+
+        def begin() -> tuple[Shelf, int, int, int]:
+            pack = decode_datum(self._store.get_object(self.datum)).pack or self.datum
+            before = self._store.shelf(pack)
+            local = before.local_bytes if before is not None else 0
+            shelf = self._store.begin(self.datum)
+            return shelf, shelf.local_bytes - local, shelf.held_bytes(), shelf.size
+
+        shelf, self._local, self._done, self._total = await trio.to_thread.run_sync(begin)
+        self._resumed = self._done - self._local
+        self._shelf = shelf
+        self.pack = shelf.pack
+        self._keys.append(shelf.layout.cid)
+        self._arrived = bytearray(len(shelf.frames.lengths))
+        if not shelf.complete:
+            self._peering.show(shelf)
+
+    async def _complete(self) -> None:
+        shelf = self._shelf
+        assert shelf is not None
+        while not shelf.complete:  # again only where a chunk rotted while the others came
+            if shelf.convicted:
+                shelf.put_frame(0, b"")  # says why
+            for contact in self._contacts.values():
+                self._forget_want(contact)
+            self._arrived = bytearray(len(shelf.frames.lengths))
+            self._swarm = Swarm(shelf.frames.lengths, shelf.have(), self._rng)
+            # Bounded by what peers were asked for and by how much they may chatter.
+            self._inbox, inbox = trio.open_memory_channel[Event](math.inf)
+            for contact in self._contacts.values():
+                self._open(contact)
+            await drive(self._swarm, inbox, self._perform)
+
+    async def _flush(self) -> None:
+        if self._shelf is not None:
+            await trio.to_thread.run_sync(self._shelf.flush)
+
+    async def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Ask(peer, indices):
+                if want := self._want(peer):
+                    for start in range(0, len(indices), INDICES_MAX):
+                        want.ask(indices[start : start + INDICES_MAX])
+            case Withdraw(peer, index):
+                if want := self._want(peer):
+                    want.withdraw(index)
+            case Shun(peer, _):
+                self._shun(peer)
+            case Completed():
+                assert self._inbox is not None
+                self._inbox.close()
+
+    def _let_go(self) -> None:
+        for contact in self._contacts.values():
+            self._forget_want(contact)
+
+    # --- peers ----------------------------------------------------------------------------
+
+    async def _search(self, nursery: trio.Nursery) -> None:
+        finding: set[Cid] = set()
+
+        async def find(key: Cid) -> None:
+            try:
+                with contextlib.suppress(Unreachable, NotFound):
+                    self.hint(await self._peering.index.find(bytes(key)))
+            finally:
+                finding.discard(key)
+
+        search_at = -math.inf
+        while True:
+            now = trio.current_time()
+            if now >= search_at:
+                search_at = now + SEARCH
+                for key in set(self._keys) - finding:
+                    finding.add(key)
+                    nursery.start_soon(find, key)
+                for contact in self._contacts.values():
+                    if contact.want is not None and not contact.want.shown:
+                        contact.want.open()
+            attached = sum(c.session is not None or c.trying for c in self._contacts.values())
+            wake = search_at
+            for peer, contact in list(self._contacts.items()):
+                if contact.session is not None or contact.trying or contact.shunned:
+                    continue
+                if contact.rests_until > now:
+                    wake = min(wake, contact.rests_until)
+                elif attached < PEERS_MAX:
+                    attached += 1
+                    contact.trying = True
+                    nursery.start_soon(self._attach, peer, contact)
+            with trio.move_on_at(wake):
+                await self._news.wait()
+
+    async def _attach(self, peer: PeerId, contact: _Contact) -> None:
+        try:
+            contact.session = await self._peering.session(peer)
+        except Unreachable:
+            self._rest(contact)
+        else:
+            self._open(contact)
+        finally:
+            contact.trying = False
+            self._ring()
+
+    def _open(self, contact: _Contact) -> None:
+        if contact.session is not None and self._shelf is not None and self._inbox is not None:
+            contact.want = contact.session.want(self._shelf, self)
+
+    def _forget_want(self, contact: _Contact) -> None:
+        if contact.session is not None and contact.want is not None:
+            contact.session.unwant(contact.want)
+        contact.want = None
+
+    def _rest(self, contact: _Contact) -> None:
+        pause = min(REST_MAX, REST_MIN * 2**contact.losses)
+        contact.losses += 1
+        contact.rests_until = trio.current_time() + pause
+
+    def _shun(self, peer: PeerId) -> None:
+        contact = self._contacts[peer]
+        contact.shunned = True
+        if contact.session is not None:
+            contact.session.link.close("it sent bytes that are not what was asked for")
+
+    def _sessions(self) -> list[Session]:
+        return [c.session for c in self._contacts.values() if c.session is not None and not c.shunned]
+
+    def _want(self, peer: PeerId) -> Want | None:
+        contact = self._contacts.get(peer)
+        return None if contact is None else contact.want
+
+    def _ring(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    def peers(self) -> list[PeerId]:
+        """Those with whom it exchanges chunks now."""
+        return [session.peer for session in self._sessions()]
+
+    def hint(self, peers: Iterable[PeerId]) -> None:
+        """These may have something."""
+        for peer in peers:
+            if self._peering.allowed(peer) and peer not in self._contacts:
+                self._contacts[peer] = _Contact()
+                self._ring()
+
+    def lost(self, session: Session) -> None:
+        """The link of `session` ended."""
+        contact = self._contacts.get(session.peer)
+        if contact is None or contact.session is not session:
+            return
+        contact.session = contact.want = None
+        self._rest(contact)
+        self._feed([Left(session.peer)])
+        self._ring()
+
+    # --- what links report ----------------------------------------------------------------
+
+    def report(self, event: Event) -> None:
+        with self._lock:
+            self._reports.append(event)
+            if len(self._reports) > 1:
+                return  # whoever was first has called already
+        self._token.run_sync_soon(self._collect)
+
+    def fail(self, error: GridError) -> None:
+        self._token.run_sync_soon(self._give_up, error)
+
+    def hear_of(self, peers: tuple[tuple[PeerId, tuple[str, ...]], ...]) -> None:
+        self._token.run_sync_soon(self._meet, peers)
+
+    def _give_up(self, error: GridError) -> None:
+        self._failure = self._failure or error
+        self._scope.cancel()
+
+    def _meet(self, peers: tuple[tuple[PeerId, tuple[str, ...]], ...]) -> None:
+        for peer, addresses in peers:
+            if self._peering.allowed(peer) and len(self._contacts) < 10 * PEERS_MAX:
+                self._peering.learn(peer, addresses)
+                self.hint([peer])
+
+    def _collect(self) -> None:
+        with self._lock:
+            events, self._reports = self._reports, []
+        for event in events:
+            if isinstance(event, Arrived) and not self._arrived[event.index]:
+                self._count(event.index, event.size)
+                self._bytes_by_peer[event.peer] = self._bytes_by_peer.get(event.peer, 0) + event.size
+                self._fresh.append(event.index)
+            elif isinstance(event, Joined):
+                self._contacts[event.peer].losses = 0
+        if self._fresh:
+            self._freshly.set()
+        self._feed(events)
+
+    def came_otherwise(self, index: int, size: int) -> None:
+        """Another fetch, of a datum with the same pack, brought a chunk."""
+        if self._arrived and not self._arrived[index]:
+            self._count(index, size)
+            self._feed([Held([index])])
+
+    def _count(self, index: int, size: int) -> None:
+        self._arrived[index] = 1
+        self._done += size
+        self._last = trio.current_time()
+
+    def _feed(self, events: Iterable[Event]) -> None:
+        if self._inbox is not None:
+            with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
+                for event in events:
+                    self._inbox.send_nowait(event)
+
+    async def _announce(self) -> None:
+        """Tell those who have opened the pack what came, a moment's worth at a time."""
+        while True:
+            await self._freshly.wait()
+            await trio.sleep(ANNOUNCE)
+            self._freshly = trio.Event()
+            fresh, self._fresh = self._fresh, []
+            assert self.pack is not None
+            self._peering.tell(self.pack, fresh)
+
+    # --- progress -------------------------------------------------------------------------
+
+    async def _report(self) -> None:
+        before, at = self._done, trio.current_time()
+        while True:
+            await trio.sleep(REPORT)
+            now = trio.current_time()
+            self._rate = 0.7 * self._rate + 0.3 * (self._done - before) / (now - at)
+            before, at = self._done, now
+            self._tell_listeners()
+
+    def _tell_listeners(self) -> None:
+        if not self.listeners:
+            return
+        swarm = self._swarm
+        progress = Progress(
+            self._done,
+            self._total,
+            dict(self._bytes_by_peer),
+            self._local,
+            self._resumed,
+            self._rate,
+            len(self._sessions()),
+            swarm.missing if swarm is not None else 0,
+            len(swarm.unavailable()) if swarm is not None and not swarm.complete else 0,
+            trio.current_time() - self._last,
+        )
+        for listener in list(self.listeners):
+            listener(progress)

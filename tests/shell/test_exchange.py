@@ -1,0 +1,285 @@
+"""Do exchanges complete, wait, cancel and tidy up?  Real loopback sockets, control plane in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+
+from p2pgrid.dht.store import Store
+from p2pgrid.errors import NoSpace, NotFound
+from p2pgrid.ids import PeerId
+from p2pgrid.transfer.exchange import Exchange, Progress, open_exchange
+from tests.memory_network import MemoryNetwork, MemoryWorld, open_world
+from tests.small_disks import SmallDisk, small_disk
+
+LOOPBACK = (("127.0.0.1", 0),)
+
+
+@attrs.frozen
+class Node:
+    network: MemoryNetwork
+    store: Store
+    exchange: Exchange
+
+    @property
+    def me(self) -> PeerId:
+        return self.network.me
+
+
+@contextlib.asynccontextmanager
+async def open_node(world: MemoryWorld, name: str, root: Path) -> AsyncIterator[Node]:
+    network = world.join(name)
+    with Store(root / name, min_free=0) as store:
+        async with open_exchange(
+            network, network.index, store, LOOPBACK, rng=random.Random(name)
+        ) as exchange:
+            yield Node(network, store, exchange)
+
+
+@contextlib.asynccontextmanager
+async def open_nodes(root: Path, *names: str) -> AsyncIterator[list[Node]]:
+    with trio.fail_after(30):
+        async with open_world() as world, contextlib.AsyncExitStack() as stack:
+            yield [await stack.enter_async_context(open_node(world, name, root)) for name in names]
+
+
+def know(node: Node, *others: Node) -> list[PeerId]:
+    for other in others:
+        node.network.learn(other.me, other.network.addresses)
+    return [other.me for other in others]
+
+
+def hold(node: Node, disk: SmallDisk, indices: range | None = None) -> None:
+    """Have `node` hold the disk, or some of its frames."""
+    disk.put_objects(node.store)
+    shelf = node.store.begin(disk.datum)
+    for index in indices if indices is not None else range(len(disk.frames)):
+        shelf.put_frame(index, disk.frames[index])
+
+
+def is_whole(node: Node, disk: SmallDisk) -> bool:
+    shelf = node.store.shelf(disk.pack)
+    return shelf is not None and shelf.complete and shelf.read(0, len(disk.plain)) == disk.plain
+
+
+def link_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("run from link")]
+
+
+def sockets() -> int:
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+    return count
+
+
+async def test_two_exchanges(tmp_path: Path) -> None:
+    disk = small_disk([1, 0, 2, 3, 1, 0, *range(4, 40)], tail=1000)
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        reports: list[Progress] = []
+        fetched = await worker.exchange.fetch(disk.datum, know(worker, putter), reports.append)
+        assert is_whole(worker, disk)
+        total = sum(map(len, disk.frames))
+        assert fetched.bytes_by_peer == {putter.me: total}
+        assert (fetched.local_bytes, fetched.resumed_bytes) == (0, 0)
+        assert putter.exchange.served[worker.me] >= total
+        assert reports[-1].bytes_done == reports[-1].bytes_total == total
+        again = await worker.exchange.fetch(disk.datum, ())
+        assert again.bytes_by_peer == {}
+        assert again.resumed_bytes == total
+
+
+async def test_five_fetch_from_each_other_though_told_of_the_putter_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The putter gives each chunk away once: who lacks it must get it from another worker."""
+    disk = small_disk(range(1, 121))
+    async with open_nodes(tmp_path, "putter", "a", "b", "c", "d") as (putter, *workers):
+        hold(putter, disk)
+        shelf = putter.store.shelf(disk.pack)
+        get_frame, given = shelf.get_frame, set()
+        lock = threading.Lock()
+
+        def once(index: int) -> bytes:
+            with lock:
+                if index in given:
+                    raise_not_here(index)
+                given.add(index)
+            return get_frame(index)
+
+        monkeypatch.setattr(shelf, "get_frame", once)
+        fetched = {}
+
+        async def fetch(worker: Node) -> None:
+            fetched[worker.me] = await worker.exchange.fetch(disk.datum, know(worker, putter))
+
+        async with trio.open_nursery() as nursery:
+            for worker in workers:
+                nursery.start_soon(fetch, worker)
+        assert all(is_whole(worker, disk) for worker in workers)
+        copy = sum(map(len, disk.frames))
+        assert sum(f.bytes_by_peer.get(putter.me, 0) for f in fetched.values()) == copy
+        assert sum(sum(f.bytes_by_peer.values()) for f in fetched.values()) == 4 * copy
+
+
+async def test_peers_are_found_in_the_index(tmp_path: Path) -> None:
+    disk = small_disk(range(1, 10))
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        await putter.network.index.provide(bytes(disk.datum))
+        await worker.exchange.fetch(disk.datum)
+        assert is_whole(worker, disk)
+
+
+async def test_several_datums_and_two_fetches_of_one_over_one_link(tmp_path: Path) -> None:
+    disks = [small_disk(range(i, i + 20)) for i in (1, 101, 201)]
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        for disk in disks:
+            hold(putter, disk)
+        peers = know(worker, putter)
+        async with trio.open_nursery() as nursery:
+            for disk in (*disks, disks[0]):
+                nursery.start_soon(worker.exchange.fetch, disk.datum, peers)
+        assert all(is_whole(worker, disk) for disk in disks)
+        assert len(worker.exchange.links.live()) == 1
+        assert putter.exchange.served[worker.me] == sum(len(f) for d in disks for f in d.frames)
+
+
+async def test_a_liar_is_shunned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = small_disk(range(1, 60))
+    async with open_nodes(tmp_path, "honest", "liar", "worker") as (honest, liar, worker):
+        hold(honest, disk)
+        hold(liar, disk)
+        lies = []
+
+        def lie(index: int) -> bytes:
+            lies.append(index)
+            return bytes(len(disk.frames[index]))
+
+        monkeypatch.setattr(liar.store.shelf(disk.pack), "get_frame", lie)
+        peers = know(worker, liar)
+        with trio.move_on_after(1):  # alone with the liar, nothing is believed
+            await worker.exchange.fetch(disk.datum, peers)
+        assert lies
+        assert worker.store.shelf(disk.pack).count == 0
+        fetched = await worker.exchange.fetch(disk.datum, [*peers, *know(worker, honest)])
+        assert is_whole(worker, disk)
+        assert set(fetched.bytes_by_peer) == {honest.me}
+
+
+async def test_a_link_that_is_cut_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = small_disk(range(1, 60))
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        shelf = putter.store.shelf(disk.pack)
+        get_frame, sent = shelf.get_frame, []
+
+        def cut(index: int) -> bytes:
+            sent.append(index)
+            if len(sent) in (10, 30):
+                for link in putter.exchange.links.live():
+                    link.close("cut by the test")
+            return get_frame(index)
+
+        monkeypatch.setattr(shelf, "get_frame", cut)
+        await worker.exchange.fetch(disk.datum, know(worker, putter))
+        assert is_whole(worker, disk)
+        assert len(sent) >= 30
+
+
+async def test_cancelling_leaves_what_came_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small_disk(range(1, 60))
+    before = sockets()
+    token = trio.lowlevel.current_trio_token()
+    with trio.CancelScope() as scope:
+        async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+            hold(putter, disk)
+            shelf = putter.store.shelf(disk.pack)
+            get_frame, sent = shelf.get_frame, []
+
+            def slow(index: int) -> bytes:
+                sent.append(index)
+                if len(sent) == 20:
+                    assert link_threads()
+                    token.run_sync_soon(scope.cancel)
+                if len(sent) >= 20:
+                    raise_not_here(index)
+                return get_frame(index)
+
+            monkeypatch.setattr(shelf, "get_frame", slow)
+            await worker.exchange.fetch(disk.datum, know(worker, putter))
+    assert scope.cancelled_caught
+    assert link_threads() == []
+    assert sockets() == before
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        fetched = await worker.exchange.fetch(disk.datum, know(worker, putter))
+        assert is_whole(worker, disk)
+        assert fetched.resumed_bytes > 0
+        assert fetched.resumed_bytes + sum(fetched.bytes_by_peer.values()) == sum(map(len, disk.frames))
+
+
+def raise_not_here(index: int) -> None:
+    raise NotFound(what=f"chunk {index}")
+
+
+async def test_a_rotten_chunk_is_fetched_again_and_only_that(tmp_path: Path) -> None:
+    disk = small_disk(range(1, 20))
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        hold(worker, disk)
+        [file] = (tmp_path / "worker").glob("packs/*/frames")
+        with file.open("r+b") as frames:
+            frames.seek(len(disk.frames[0]) + 5)
+            frames.write(b"rot")
+        assert worker.store.shelf(disk.pack).verify() == [1]
+        fetched = await worker.exchange.fetch(disk.datum, know(worker, putter))
+        assert is_whole(worker, disk)
+        assert fetched.bytes_by_peer == {putter.me: len(disk.frames[1])}
+
+
+async def test_a_stall_is_named_while_it_lasts(tmp_path: Path) -> None:
+    disk = small_disk(range(1, 20))
+    async with open_nodes(tmp_path, "half", "worker") as (half, worker):
+        hold(half, disk, range(12))
+        named = trio.Event()
+
+        def look(progress: Progress) -> None:
+            if progress.unavailable == progress.missing == 7 and progress.stalled_for > 0.2:
+                named.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.exchange.fetch, disk.datum, know(worker, half), look)
+            with trio.fail_after(10):
+                await named.wait()
+            for index in range(12, 19):  # the rest turns up at the same peer, unannounced
+                half.store.shelf(disk.pack).put_frame(index, disk.frames[index])
+            half.exchange.tell(disk.pack, list(range(12, 19)))
+        assert is_whole(worker, disk)
+
+
+async def test_a_full_disk_ends_the_fetch_with_what_the_store_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small_disk(range(1, 20))
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        hold(worker, disk, range(3))
+
+        def full(index: int, frame: bytes) -> None:
+            raise NoSpace(wanted=1, free=0, where="here")
+
+        monkeypatch.setattr(worker.store.shelf(disk.pack), "put_frame", full)
+        with pytest.raises(NoSpace):
+            await worker.exchange.fetch(disk.datum, know(worker, putter))
