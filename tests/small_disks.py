@@ -54,11 +54,16 @@ def chunk(seed: int, length: int = CHUNK_SIZE) -> bytes:
 
 
 def small_disk(
-    seeds: Sequence[int], tail: int = CHUNK_SIZE, key: SigningKey = KEY, frames: Sequence[bytes] = ()
+    seeds: Sequence[int],
+    tail: int = CHUNK_SIZE,
+    key: SigningKey = KEY,
+    frames: Sequence[bytes] = (),
+    exact: bool = True,
 ) -> SmallDisk:
-    """A disk whose chunks are `chunk(seed)`, the last one `tail` bytes long.
+    """A raw disk whose chunks are `chunk(seed)`, the last one `tail` bytes long.
 
-    `frames` replaces the frames that an honest putter would make.
+    `frames` replaces the frames that an honest putter would make; without `exact` it is
+    another datum with the same content and pack.
     """
     chunks = [chunk(seed, tail if i == len(seeds) - 1 else CHUNK_SIZE) for i, seed in enumerate(seeds)]
     names: Names = [None if is_zero(c) else digest(c) for c in chunks]
@@ -77,7 +82,7 @@ def small_disk(
     spans = [made[i : i + PAGE_SPAN] for i in range(0, len(made), PAGE_SPAN)]
     lists = tuple(put(encode_frames([len(f) for f in s], [digest(f) for f in s])) for s in spans)
     pack = put(signed(Pack(content, len(made), lists, b""), key).encode())
-    segments = tuple(put(p) for p in paged_segments([Guest(0, size)]))
-    recipe = put(Recipe("raw", True, size, segments).encode())
+    segments = tuple(put(p) for p in paged_segments([Guest(0, size)])) if exact else ()
+    recipe = put(Recipe("raw", exact, size, segments).encode())
     datum = put(signed(Disk(content, pack, recipe, b""), key).encode())
     return SmallDisk(datum, pack, b"".join(chunks), tuple(objects), made)

@@ -1,0 +1,265 @@
+"""Does the store hold what it says after any history of puts, rot, drops, kills and power cuts?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from random import Random
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from nacl.signing import SigningKey
+
+from p2pgrid.dht import shelf as shelf_module
+from p2pgrid.dht.manifest import CHUNK_SIZE
+from p2pgrid.dht.store import Store
+from p2pgrid.errors import ChunkCorrupt, NotFound
+from p2pgrid.ids import digest, object_cid
+from tests.power_cut import Power
+from tests.small_disks import small_disk
+
+DISKS = [
+    small_disk([1, 2, 0, 3, 1, 4], tail=1000),
+    small_disk([2, 3, 5, 5, 6]),
+    small_disk([1, 2, 0, 3, 1, 4], tail=1000, key=SigningKey(bytes(32))),  # same frames, another pack
+    small_disk([1, 2, 0, 3, 1, 4], tail=1000, exact=False),  # same pack, another datum
+    small_disk([0, 0]),  # nothing but holes
+]
+some_disk = st.integers(0, len(DISKS) - 1)
+some_index = st.integers(0, 4)
+
+
+class StoreHistory(RuleBasedStateMachine):
+    """`have` is what the store must say it has; `rotten` what lies there wrong and unnoticed."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="p2pgrid-test-"))
+        self.power = Power()
+        self.power_on = self.power.on()
+        self.power_on.__enter__()
+        self.small_syncs = mock.patch.object(shelf_module, "SYNC_BYTES", 50_000)
+        self.small_syncs.start()
+        self.begun: set[int] = set()
+        self.have: dict = {}
+        self.durable: dict = {}
+
+    @initialize()
+    def open(self):
+        self.store = Store(self.root, min_free=0)
+
+    def teardown(self):
+        self.store.close()
+        self.power_on.__exit__(None, None, None)
+        self.small_syncs.stop()
+        shutil.rmtree(self.root)
+
+    # --- what lies on the disk, looked at from outside ---
+
+    def lies(self, pack, index):
+        shelf = self.store.shelf(pack)
+        start = shelf.frames.offsets()[index]
+        with (self.root / "packs" / str(pack) / "frames").open("rb") as file:
+            file.seek(start)
+            return file.read(shelf.frames.lengths[index])
+
+    def rotten(self, pack):
+        names = self.store.shelf(pack).frames.digests
+        return {i for i in self.have[pack] if digest(self.lies(pack, i)) != names[i]}
+
+    def says(self, pack):
+        shelf = self.store.shelf(pack)
+        bits = int.from_bytes(shelf.have(), "little")
+        return {i for i in range(len(shelf.frames.lengths)) if bits >> i & 1}
+
+    def pick(self, which, index):
+        """A disk that was begun, its shelf, and an index of it."""
+        chosen = sorted(self.begun)[which % len(self.begun)]
+        disk = DISKS[chosen]
+        return disk, self.store.shelf(disk.pack), index % len(disk.frames) if disk.frames else None
+
+    # --- rules ---
+
+    @rule(which=some_disk)
+    def begin(self, which):
+        disk = DISKS[which]
+        disk.put_objects(self.store)
+        assert self.store.missing_objects(disk.datum) == []
+        others = {p: (have - self.rotten(p), set(have)) for p, have in self.have.items() if p != disk.pack}
+        shelf = self.store.begin(disk.datum)
+        assert shelf is self.store.shelf(disk.pack)
+        before = self.have.get(disk.pack, set())
+        now = self.says(disk.pack)
+
+        def named(packs):
+            return {self.store.shelf(p).frames.digests[i] for p, indices in packs for i in indices}
+
+        sure = named((p, sound) for p, (sound, _) in others.items())
+        maybe = named((p, held) for p, (_, held) in others.items())
+        wanted = {i: d for i, d in enumerate(shelf.frames.digests) if i not in before}
+        assert {i for i, d in wanted.items() if d in sure} <= now - before
+        assert now - before <= {i for i, d in wanted.items() if d in maybe}
+        for pack, (sound, held) in others.items():  # rot may have been noticed on the way
+            assert sound <= self.says(pack) <= held
+            self.have[pack] = self.says(pack)
+        if which not in self.begun and not before:
+            assert shelf.local_bytes == sum(shelf.frames.lengths[i] for i in now)
+        self.have[disk.pack] = now
+        self.durable.setdefault(disk.pack, set())
+        self.begun.add(which)
+
+    @precondition(lambda self: self.begun)
+    @rule(which=some_disk, index=some_index)
+    def put_frame(self, which, index):
+        disk, shelf, index = self.pick(which, index)
+        if index is not None:
+            shelf.put_frame(index, memoryview(disk.frames[index]))
+            self.have[disk.pack].add(index)
+
+    @precondition(lambda self: self.begun)
+    @rule(which=some_disk, index=some_index, at=st.integers(0, 100), kind=st.sampled_from("bls"))
+    def put_wrong_frame(self, which, index, at, kind):
+        disk, shelf, index = self.pick(which, index)
+        if index is not None:
+            wrong = bytearray(disk.frames[index])
+            wrong[at] ^= 1
+            frame = {"b": bytes(wrong), "l": disk.frames[index] + b"\0", "s": b""}[kind]
+            with pytest.raises(ChunkCorrupt):
+                shelf.put_frame(index, frame)
+
+    @precondition(lambda self: self.begun)
+    @rule(which=some_disk, index=some_index)
+    def get_frame(self, which, index):
+        disk, shelf, index = self.pick(which, index)
+        if index is None or index not in self.have[disk.pack]:
+            with pytest.raises(NotFound):
+                shelf.get_frame(index or 0)
+        elif index in self.rotten(disk.pack):
+            with pytest.raises(ChunkCorrupt):
+                shelf.get_frame(index)
+            self.have[disk.pack].discard(index)
+        else:
+            assert shelf.get_frame(index) == disk.frames[index]
+
+    @precondition(lambda self: self.begun)
+    @rule(which=some_disk, a=st.floats(0, 1), b=st.floats(0, 1))
+    def read(self, which, a, b):
+        disk, shelf, _ = self.pick(which, 0)
+        size = len(disk.plain)
+        start, end = sorted((int(a * size), int(b * size)))
+        try:
+            assert shelf.read(start, end - start) == disk.plain[start:end]
+        except NotFound:
+            assert self.have[disk.pack] != set(range(len(disk.frames)))
+        except ChunkCorrupt:
+            lost = self.have[disk.pack] - self.says(disk.pack)
+            assert len(lost) == 1
+            assert lost <= self.rotten(disk.pack)
+            self.have[disk.pack] -= lost
+
+    @precondition(lambda self: any(self.have.values()))
+    @rule(which=some_disk, index=some_index, at=st.floats(0, 1), bit=st.integers(0, 7))
+    def rot(self, which, index, at, bit):
+        disk, shelf, index = self.pick(which, index)
+        if index in self.have[disk.pack]:
+            place = shelf.frames.offsets()[index] + int(at * (shelf.frames.lengths[index] - 1))
+            with (self.root / "packs" / str(disk.pack) / "frames").open("r+b") as file:
+                file.seek(place)
+                byte = file.read(1)[0]
+                file.seek(place)
+                file.write(bytes((byte ^ 1 << bit,)))
+
+    @precondition(lambda self: self.begun)
+    @rule(which=some_disk)
+    def verify(self, which):
+        disk, shelf, _ = self.pick(which, 0)
+        rotten = self.rotten(disk.pack)
+        steps = []
+        assert shelf.verify(lambda done, total: steps.append((done, total))) == sorted(rotten)
+        assert steps == sorted(steps)
+        assert not steps or steps[-1] == (shelf.size, shelf.size)
+        self.have[disk.pack] -= rotten
+
+    @precondition(lambda self: self.begun)
+    @rule(which=some_disk)
+    def drop(self, which):
+        chosen = sorted(self.begun)[which % len(self.begun)]
+        self.store.drop(DISKS[chosen].datum)
+        self.begun.remove(chosen)
+        pack = DISKS[chosen].pack
+        if pack not in {DISKS[i].pack for i in self.begun}:
+            self.have.pop(pack)
+            self.durable.pop(pack)
+            assert self.store.shelf(pack) is None
+        with pytest.raises(NotFound):
+            self.store.drop(DISKS[chosen].datum)
+
+    @rule()
+    def flush(self):
+        self.store.flush()
+        self.durable = {pack: set(have) for pack, have in self.have.items()}
+
+    @rule()
+    def reopen(self):
+        self.store.close()
+        self.durable = {pack: set(have) for pack, have in self.have.items()}
+        self.store = Store(self.root, min_free=0)
+
+    @rule()
+    def kill(self):
+        """As kill -9 does: nothing is flushed, the kernel lets go of the lock."""
+        os.close(self.store._lock_fd)
+        self.store = Store(self.root, min_free=0)
+
+    @rule(seed=st.integers(0, 1 << 32))
+    def cut_power(self, seed):
+        rotten = {pack: self.rotten(pack) for pack in self.have}
+        os.close(self.store._lock_fd)
+        self.power.cut(self.root, Random(seed))
+        self.store = Store(self.root, min_free=0)
+        for pack, before in self.have.items():
+            now = self.says(pack)
+            assert (self.durable[pack] & before) - rotten[pack] <= now <= before
+            self.have[pack] = now
+            assert self.rotten(pack) <= rotten[pack], "a bit claims a frame whose data is missing"
+            self.durable[pack] = set(now)
+
+    # --- always ---
+
+    @invariant()
+    def it_says_what_it_has(self):
+        for pack, have in self.have.items():
+            assert self.says(pack) == have
+            shelf = self.store.shelf(pack)
+            assert shelf.count == len(have)
+            assert shelf.complete == (len(have) == len(shelf.frames.lengths))
+        held = {(h.datum, h.content, h.pack, h.chunks, h.chunks_total, h.bytes) for h in self.store.held()}
+        assert held == {self.expected(DISKS[i]) for i in self.begun}
+        assert self.store.used() == sum(len(f) for p in self.have for f in self.frames_of(p))
+
+    def expected(self, disk):
+        shelf, have = self.store.shelf(disk.pack), self.have[disk.pack]
+        size = sum(len(disk.frames[i]) for i in have)
+        return disk.datum, shelf.layout.cid, disk.pack, len(have), len(disk.frames), size
+
+    def frames_of(self, pack):
+        return next(d.frames for d in DISKS if d.pack == pack)
+
+    @invariant()
+    def it_keeps_the_objects_that_are_needed_and_no_others(self):
+        needed = {str(object_cid(data)) for i in self.begun for data in DISKS[i].objects}
+        assert {p.name for p in (self.root / "objects").glob("*/*")} == needed
+        assert not list((self.root / "tmp").iterdir())
+        assert not list((self.root / "packs").glob("*/*.tmp"))
+
+
+StoreHistory.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestStore = StoreHistory.TestCase
+assert CHUNK_SIZE * 5 < len(DISKS[0].plain) < CHUNK_SIZE * 6
