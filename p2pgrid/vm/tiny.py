@@ -6,6 +6,7 @@ memory, so nothing ever writes to the disk it booted from.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def build(work: Path, tell: Callable[[str], None]) -> tuple[int, Extents]:
     root.mkdir()
     for name, data in files.items():
         (root / name).write_bytes(data)
+        os.utime(root / name, (int(EPOCH), int(EPOCH)))
+    os.utime(root, (int(EPOCH), int(EPOCH)))
     room = sum(len(data) for data in files.values())
     size = -(-(room + room // 20 + MIB) // MIB) * MIB
     clock = {"E2FSPROGS_FAKE_TIME": EPOCH, "SOURCE_DATE_EPOCH": EPOCH}
