@@ -9,6 +9,8 @@ No exception of libp2p's leaves this file; a broken stream is `Unreachable`.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -133,6 +135,18 @@ async def answer(nursery: trio.Nursery, serve: Serve, stream: Any) -> None:
         await channel.reset()
     else:
         await channel.aclose()
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Let a lone exception pass as itself; each nursery on its way wraps it in a group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        alone = leaves(group)
+        if len(alone) > 1:
+            raise
+        raise alone[0] from alone[0].__cause__
 
 
 def leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:

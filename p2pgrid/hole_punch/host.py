@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
@@ -45,7 +46,7 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from p2pgrid.errors import Misconfigured, Unreachable
-from p2pgrid.hole_punch.channel import TROUBLE, ControlChannel, answer, leaves, reason
+from p2pgrid.hole_punch.channel import TROUBLE, ControlChannel, answer, plain, reason
 from p2pgrid.ids import PeerId
 from p2pgrid.net import Channel, Serve
 
@@ -256,7 +257,7 @@ async def open_host(seed: bytes, listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0"
     _silence()
     addresses = [_listening(address) for address in listen]
     libp2p = _new_host(seed)
-    with _plain():
+    with plain():
         async with trio.open_nursery() as nursery:
             host = Host(libp2p, nursery)
             try:
@@ -270,18 +271,6 @@ async def open_host(seed: bytes, listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0"
                             await _close_all(libp2p)
             finally:
                 nursery.cancel_scope.cancel()  # not sooner: libp2p's way out would lose the error under way
-
-
-@contextmanager
-def _plain() -> Iterator[None]:
-    """Let a lone exception pass as itself; each nursery on its way wraps it in a group."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        alone = leaves(group)
-        if len(alone) > 1:
-            raise
-        raise alone[0] from alone[0].__cause__
 
 
 def _new_host(seed: bytes) -> Any:
@@ -421,7 +410,8 @@ def _expand(addresses: list[Multiaddr]) -> list[Multiaddr]:
 
 
 def _silence() -> None:
-    """Keep libp2p's remarks off the user's terminal: with no handler set, logging prints warnings there."""
-    logging.getLogger("libp2p").addHandler(logging.NullHandler())
+    """Keep libp2p's remarks off the user's terminal, where logging prints what nobody handles."""
+    if not os.environ.get("LIBP2P_DEBUG"):
+        logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)
     if not logging.getLogger().handlers:
-        logging.getLogger().addHandler(logging.NullHandler())
+        logging.getLogger().addHandler(logging.NullHandler())  # it also logs as nobody in particular
