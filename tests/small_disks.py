@@ -46,9 +46,11 @@ class SmallDisk:
 
 
 def chunk(seed: int, length: int = CHUNK_SIZE) -> bytes:
-    """Some bytes that compress about as well as a disk's do; seed 0 is a hole."""
+    """Some bytes: seed 0 is a hole, a negative one does not compress, others do as a disk's would."""
     if seed == 0:
         return bytes(length)
+    if seed < 0:
+        return random.Random(seed).randbytes(length)
     words = [random.Random(f"{seed}/{i}").randbytes(16) for i in range(64)]
     return b"".join(random.Random(seed).choices(words, k=-(-length // 16)))[:length]
 

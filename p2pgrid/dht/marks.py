@@ -62,6 +62,12 @@ class Marks:
         with self._lock:
             return bytes(self._have)
 
+    def unsynced(self) -> list[int]:
+        """Indices that a power cut would put in doubt."""
+        with self._lock:
+            doubt = [h & ~d for h, d in zip(self._have, self._durable, strict=True)]
+        return [8 * at + bit for at, byte in enumerate(doubt) if byte for bit in range(8) if byte >> bit & 1]
+
     def set(self, index: int) -> bool:
         """The frame at `index` has been written.  False if it was here already."""
         with self._lock:

@@ -51,12 +51,12 @@ class Shelf:
         self._folder = folder
         self._offsets = frames.offsets()
         self._syncing = threading.Lock()
-        self._unsynced = 0
         self._count_lock = threading.Lock()
         self._plain: OrderedDict[int, bytes] = OrderedDict()
         self._plain_lock = threading.Lock()
         self._convicted = (folder / "convicted").exists()
         self._marks = Marks(folder, len(frames.lengths), self._sound)
+        self._unsynced = sum(frames.lengths[i] for i in self._marks.unsynced())
 
     @staticmethod
     def create(folder: Path, frames: Frames, *, full: bool) -> None:

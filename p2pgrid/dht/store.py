@@ -319,8 +319,8 @@ class Store:
 
     def _mark(self, datum: Cid, pack: Cid) -> None:
         """Write the datum's marker, once everything that it needs is sure to be on disk."""
+        self._objects.settle(self._kin(datum))
         if datum not in self._begun:
-            self._objects.settle(self._kin(datum))
             replace(self._datums / str(datum), str(pack).encode(), self._tmp)
             sync_folder(self._datums)
             self._begun[datum] = pack
