@@ -577,10 +577,12 @@ class Swarm:
         """(seconds until it is likely to be here, order, peer, index) of what is asked once."""
         order = 0
         for peer in self._peers.values():
+            if peer.stalls:
+                continue
             before = 0
             for index in peer.asks:
                 before += self._lengths[index]
-                if len(self._asked[index]) > 1:
+                if index in self._twice:
                     continue
                 expected = peer.pace.expected(before) if peer.pace.rate else self._typical
                 silence = max(0.0, now - peer.since - expected)

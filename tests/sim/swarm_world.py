@@ -14,7 +14,7 @@ import hashlib
 import heapq
 import itertools
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +35,7 @@ from p2pgrid.transfer.swarm import (
     Told,
     Withdraw,
 )
+from p2pgrid.transfer.turns import Turns
 
 MBIT = 125_000.0
 TELL_EVERY = 0.2
@@ -57,7 +58,7 @@ class Nature:
 
 @attrs.define(eq=False)
 class Node:
-    """A peer: its swarm, its chunks, its queue of what others asked of it."""
+    """A peer: its swarm, its chunks, what others asked of it."""
 
     name: PeerId
     nature: Nature
@@ -65,8 +66,7 @@ class Node:
     swarm: Swarm | None = None
     links: dict[PeerId, int] = attrs.Factory(dict)
     """Peer to the number of the link, which tells old messages from new ones."""
-    queues: dict[PeerId, deque[int]] = attrs.Factory(dict)
-    turns: deque[PeerId] = attrs.Factory(deque)
+    turns: Turns = attrs.Factory(Turns)
     sending: bool = False
     down_free: float = 0.0
     untold: list[int] = attrs.Factory(list)
@@ -131,7 +131,6 @@ class World:
         number = next(self.numbers)
         a.links[b.name] = b.links[a.name] = number
         for one, other in ((a, b), (b, a)):
-            one.queues[other.name] = deque()
             claims = set(range(len(self.lengths))) if other.nature.claims_all else other.have
             self.send(other, one, self.step, one, Joined(other.name, self.bitmap(claims)))
 
@@ -140,7 +139,7 @@ class World:
             return
         del b.links[a.name]
         for one, other in ((a, b), (b, a)):
-            del one.queues[other.name]
+            one.turns.leave(other.name)
             self.step(one, Left(other.name))
 
     def crash(self, node: Node, back_after: float) -> None:
@@ -225,28 +224,22 @@ class World:
     def asked(self, node: Node, by: PeerId, wanted: tuple[int, ...]) -> None:
         if not node.nature.answers:
             return
-        if not node.queues[by] and by not in node.turns:
-            node.turns.append(by)
-        node.queues[by].extend(wanted)
+        node.turns.ask(by, wanted)
         self.serve(node)
 
     def withdrawn(self, node: Node, by: PeerId, index: int) -> None:
-        """The first in a queue may be on its way already."""
-        if index in itertools.islice(node.queues[by], 1, None):
-            node.queues[by].remove(index)
+        node.turns.withdraw(by, index)
 
     def serve(self, node: Node) -> None:
         if node.sending or not node.up:
             return
-        while node.turns:
-            to = node.turns.popleft()
-            if node.queues.get(to):
-                index = node.queues[to].popleft()
-                node.turns.append(to)
-                node.sending = True
-                number = node.links[to]
-                self.at(self.now + self.lengths[index] / node.nature.up, self.sent, node, to, number, index)
-                return
+        turn = node.turns.next()
+        if turn is None:
+            return
+        to, index = turn
+        node.sending = True
+        number = node.links[to]
+        self.at(self.now + self.lengths[index] / node.nature.up, self.sent, node, to, number, index)
 
     def sent(self, node: Node, to: PeerId, number: int, index: int) -> None:
         node.sending = False

@@ -136,8 +136,9 @@ def clear(seed: int) -> Outcome:
 @each_seed
 def test_clear_weather(seed):
     outcome = clear(seed)
-    assert outcome.copies < 2.3, "most is brought by peers"
-    assert outcome.doubled < 0.05
+    assert outcome.copies < 1.4, "most is brought by peers"
+    assert outcome.last < 1.4 * sum(outcome.world.lengths) / outcome.origin.nature.up
+    assert outcome.doubled < 0.03
     assert not any(node.shunned for node in outcome.honest)
 
 
@@ -156,7 +157,7 @@ def test_liars(seed):
         assert node.shunned == set(node.bad_from)
         assert all(times == 1 for times in node.bad_from.values())
     assert outcome.last < 1.6 * clear(seed).last
-    assert outcome.doubled < 0.05
+    assert outcome.doubled < 0.03
 
 
 @each_seed
@@ -170,12 +171,20 @@ def test_those_who_lie_sometimes(seed):
 
 
 @each_seed
-@pytest.mark.parametrize("weather", [Weather(mute=10), Weather(slow=10)], ids=["mute", "slow"])
-def test_slow_and_silent_peers_do_not_hold_the_swarm(seed, weather):
-    """20 % claim everything and never answer (1 B/s), or send at a hundredth of the others' pace."""
-    outcome = play(seed, weather)
+def test_silent_peers_do_not_hold_the_swarm(seed):
+    """20 % claim everything and never answer (or with a byte a second: no chunk ever comes)."""
+    outcome = play(seed, Weather(mute=10))
     assert outcome.last < 1.3 * clear(seed).last
-    assert outcome.doubled < 0.05
+    assert outcome.doubled < 0.03
+
+
+@each_seed
+def test_slow_peers_do_not_hold_the_swarm(seed):
+    """20 % send at a hundredth of the others' pace; what cannot be made up is their uplinks."""
+    outcome = play(seed, Weather(slow=10))
+    everybody, able = 51, 41
+    assert outcome.last < 1.3 * clear(seed).last * everybody / able
+    assert outcome.doubled < 0.03
 
 
 @each_seed
@@ -194,7 +203,7 @@ def test_the_origin_leaves(seed, enough):
     def out() -> set[int]:
         return set().union(*(node.have for node in outcome.honest))
 
-    limit = 1.1 * sum(world.lengths) if enough else 0.9 * sum(world.lengths)
+    limit = (1.1 if enough else 0.9) * sum(world.lengths)
     world.run(600, lambda: origin.sent >= limit and (not enough or out() == whole))
     world.leave(origin)
     gone = whole - out()
