@@ -23,6 +23,8 @@ from p2pgrid.vm import jail
 
 BURIAL = 10.0
 """Seconds that a killed process may take to let go of its memory."""
+ROOM = "machine"
+"""The folder, in a guest's folder, that holds what only lives as long as its machine."""
 PID_FILE = "pid"
 
 
@@ -103,22 +105,21 @@ def _start(
 
 
 def remember(folder: Path, child: Child) -> None:
-    """Write down who runs in `folder`, for `reap`."""
+    """Write down who runs in `folder`, a `ROOM`, for `reap`."""
     (folder / PID_FILE).write_text(f"{child.pid} {_started(child.pid)}\n")
 
 
 def reap(folder: Path) -> int:
-    """Kill the machines that an earlier life left running in subfolders of `folder`; remove those folders.
+    """Kill the machines of guests that an earlier life left in `folder`; remove those guests' folders.
 
     Returns how many were still running.  A process counts only if it started when the note says:
     pids are used again.
     """
     killed = 0
-    for room in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not room.is_dir() or room.is_symlink():
-            continue
-        killed += _kill_noted(room / PID_FILE)
-        shutil.rmtree(room, ignore_errors=True)
+    for guest in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if guest.is_dir() and not guest.is_symlink():
+            killed += _kill_noted(guest / ROOM / PID_FILE)  # and no other: a result may have any name
+            shutil.rmtree(guest, ignore_errors=True)
     return killed
 
 
@@ -129,7 +130,7 @@ def _kill_noted(note: Path) -> bool:
     except (OSError, ValueError):
         return False
     try:
-        if _started(int(pid)) != started:
+        if not started or _started(int(pid)) != started:
             return False
         signal.pidfd_send_signal(handle, signal.SIGKILL)
     except ProcessLookupError:
@@ -140,9 +141,10 @@ def _kill_noted(note: Path) -> bool:
 
 
 def _started(pid: int) -> str:
-    """When process `pid` started, in clock ticks since boot; empty if it is gone."""
+    """When process `pid` started, in clock ticks since boot; empty if it is gone or dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    return stat.rpartition(")")[2].split()[19]
+    state, *fields = stat.rpartition(")")[2].split()
+    return "" if state in "ZX" else fields[18]

@@ -17,7 +17,8 @@ import attrs
 import trio
 
 from p2pgrid.vm.blockdev import BlockSource
-from p2pgrid.vm.console import Console, ExitStatus
+from p2pgrid.vm.child import ROOM
+from p2pgrid.vm.console import KEPT, Console, ExitStatus
 from p2pgrid.vm.context import write_context
 from p2pgrid.vm.results import Caps, ResultsRefused, extract
 from p2pgrid.vm.scratch import make_scratch
@@ -43,6 +44,8 @@ class GuestSpec:
     """Bytes of the scratch disk; the host stores what is written."""
     overlay: int = 16 * GIB
     """Bytes that the guest may write to its boot disk."""
+    console: int = KEPT
+    """Bytes of console kept."""
     results: Caps = attrs.field(factory=Caps)
     env: Mapping[str, str] = attrs.field(factory=dict)
     """For `p2pgrid.env`: P2PGRID_JOB, P2PGRID_TASK, P2PGRID_INDEX, …"""
@@ -136,7 +139,7 @@ async def _live(
     context: Mapping[str, bytes | Path],
     folder: Path,
 ) -> GuestEnd:
-    room = folder / "machine"
+    room = folder / ROOM
     room.mkdir(mode=0o700)
     disks = Disks(context=room / "context.iso", scratch=room / "scratch.img", folder=room)
     await trio.to_thread.run_sync(write_context, disks.context, context, spec.env)
@@ -146,7 +149,7 @@ async def _live(
     status = ExitStatus()
     why: Why = "time"
     note = f"it was stopped at its time limit of {spec.time:g} s"
-    with Console(folder / "console") as console:
+    with Console(folder / "console", spec.console) as console:
         # The machine is left before the nursery: both drains end with what it had still said.
         async with trio.open_nursery() as nursery, hypervisor.boot(spec, base, disks) as guest:
             nursery.start_soon(_drain, guest.console, console.write)

@@ -117,11 +117,13 @@ def command(program: str, accelerator: Accelerator, spec: GuestSpec, wires: Wire
 class Qemu:
     """The hypervisor: QEMU with what `probe.py` found to work.
 
-    `cache` is a folder where that is remembered; `uid` is who QEMU becomes when we are root.
+    `cache` is a folder where that is remembered; `uid` is who QEMU becomes when we are root;
+    `patience` is how many seconds a read of the base may take before the guest is paused.
     """
 
     cache: Path
     uid: int = jail.NOBODY
+    patience: float = nbd.PATIENCE
 
     @asynccontextmanager
     async def boot(self, spec: GuestSpec, base: BlockSource, disks: Disks) -> AsyncIterator[Machine]:
@@ -153,7 +155,7 @@ class Qemu:
                         theirs.close()
                         ours.pop_all()  # each stream is closed by the task that reads it
                         machine = Machine(near["console"], near["status"], child, log)
-                        nursery.start_soon(nbd.serve, near["base"], base, machine.stalled)
+                        nursery.start_soon(nbd.serve, near["base"], base, machine.stalled, self.patience)
                         nursery.start_soon(machine.follow, near["monitor"])
                         nursery.start_soon(machine.read_firmware, near["firmware"])
                         nursery.start_soon(machine.watch)

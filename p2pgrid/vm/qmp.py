@@ -11,9 +11,10 @@ Source: QEMU docs/interop/qmp-spec.txt.  QEMU is believed no more than a peer: `
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 import attrs
 import msgspec
@@ -102,6 +103,7 @@ class Monitor:
 
     _stream: trio.abc.Stream
     _incoming: Messages = attrs.field(factory=Messages)
+    _arrived: deque[Message] = attrs.field(factory=deque)
     _sending: trio.Lock = attrs.field(factory=trio.Lock)
     _number: int = 0
 
@@ -119,14 +121,20 @@ class Monitor:
             raise Unreachable(who="QEMU", why="its monitor is closed") from None
         return number
 
-    async def __aiter__(self) -> AsyncIterator[Message]:
-        """Every message until QEMU ends.  Raises `BadFrame`."""
-        try:
-            async for data in self._stream:
-                for message in self._incoming.feed(bytes(data)):
-                    yield message
-        except trio.BrokenResourceError:
-            return
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        """The next message; the iteration ends when QEMU does.  Raises `BadFrame`."""
+        while not self._arrived:
+            try:
+                data = await self._stream.receive_some()
+            except trio.BrokenResourceError:
+                data = b""
+            if not data:
+                raise StopAsyncIteration
+            self._arrived.extend(self._incoming.feed(bytes(data)))
+        return self._arrived.popleft()
 
 
 @asynccontextmanager

@@ -3,7 +3,7 @@
 #   as --32 guest.S -o guest.o && ld -m elf_i386 -Ttext 0x7c00 --oformat binary guest.o -o guest.bin && xxd -p guest.bin > guest.hex
 #
 # The byte before the signature says what it does (see disk.py):
-#   0 the above   1 never ends   2 prints a megabyte and more first   3 reads sector `far` of the boot disk first
+#   0 the above   1 never ends   2 prints 240,000 bytes first   3 reads sector `far` of the boot disk first
         .code16
         .globl _start
 _start: ljmp $0, $1f
@@ -64,7 +64,7 @@ forever:
         jmp forever
 
 flood:  mov $0x3f8, %dx
-        mov $20000, %bx
+        mov $4000, %bx
 1:      mov $line, %si
         call print
         dec %bx
