@@ -1,0 +1,303 @@
+"""Does the store keep to its limits, to its owner, and to what a pack may claim?"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import threading
+from unittest import mock
+
+import attrs
+import pytest
+from nacl.signing import SigningKey
+
+from p2pgrid.dht import marks
+from p2pgrid.dht.frame import compress
+from p2pgrid.dht.manifest import CHUNK_SIZE, Disk, Tree, signed
+from p2pgrid.dht.store import Store
+from p2pgrid.errors import BadObject, ChunkCorrupt, Misconfigured, NoSpace, NotFound, VerificationFailed
+from p2pgrid.ids import object_cid
+from tests.small_disks import KEY, chunk, small_disk
+
+SMALL = small_disk([1, 2, 0, 3, 1, 4], tail=1000)
+WIDE = small_disk([-1 - i for i in range(16)])  # 4 MiB of frames
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "store", min_free=0) as store:
+        yield store
+
+
+def fill(store, disk):
+    disk.put_objects(store)
+    shelf = store.begin(disk.datum)
+    for index, frame in enumerate(disk.frames):
+        shelf.put_frame(index, frame)
+    return shelf
+
+
+def test_one_process_at_a_time(tmp_path):
+    with Store(tmp_path / "s"), pytest.raises(Misconfigured):
+        Store(tmp_path / "s")
+    Store(tmp_path / "s").close()
+
+
+def test_a_pack_counts_in_full_from_the_beginning(tmp_path):
+    small, wide = sum(map(len, SMALL.frames)), sum(map(len, WIDE.frames))
+    with Store(tmp_path / "s", quota=wide + small - 1, min_free=0) as store:
+        for disk in (WIDE, SMALL):
+            disk.put_objects(store)
+        store.begin(WIDE.datum)
+        assert store.used() == wide
+        with pytest.raises(NoSpace) as refusal:
+            store.begin(SMALL.datum)
+        assert (refusal.value.wanted, refusal.value.free) == (small, small - 1)
+        assert [held.datum for held in store.held()] == [WIDE.datum]
+        store.drop(WIDE.datum)
+        assert store.used() == 0
+        fill(store, SMALL)
+
+
+def test_the_file_system_keeps_some_room_and_what_was_promised(tmp_path):
+    small, wide = sum(map(len, SMALL.frames)), sum(map(len, WIDE.frames))
+    with Store(tmp_path / "s", min_free=1 << 20) as store:
+        for disk in (WIDE, SMALL):
+            disk.put_objects(store)
+        with mock.patch("p2pgrid.dht.store.free", return_value=(1 << 20) + wide):
+            store.begin(WIDE.datum)
+            with pytest.raises(NoSpace) as refusal:
+                store.begin(SMALL.datum)
+        assert (refusal.value.wanted, refusal.value.free) == (small, 0)
+
+
+def test_a_full_disk_is_no_corruption(store):
+    """The kernel cuts a write in the middle; what was not written is not claimed."""
+    WIDE.put_objects(store)
+    shelf = store.begin(WIDE.datum)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = 5 * len(WIDE.frames[0]) + 1000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        for index, frame in enumerate(WIDE.frames):
+            if index < 5:
+                shelf.put_frame(index, frame)
+            else:
+                with pytest.raises(NoSpace) as refusal:
+                    shelf.put_frame(index, frame)
+                assert refusal.value.where == str(store.root / "packs" / str(WIDE.pack))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert shelf.count == 5
+    assert shelf.verify() == []
+    fill(store, WIDE)
+    assert shelf.read(0, len(WIDE.plain)) == WIDE.plain
+
+
+def test_frames_come_from_many_threads_at_once(store):
+    WIDE.put_objects(store)
+    shelf = store.begin(WIDE.datum)
+    failures: list[BaseException] = []
+
+    def put(seed):
+        order = list(range(16)) * 3
+        random.Random(seed).shuffle(order)
+        try:
+            for index in order:
+                shelf.put_frame(index, WIDE.frames[index])
+                assert shelf.get_frame(index) == WIDE.frames[index]
+                assert shelf.read(index * CHUNK_SIZE, 9) == WIDE.plain[index * CHUNK_SIZE :][:9]
+                if index == seed:
+                    shelf.flush()
+        except BaseException as failure:
+            failures.append(failure)
+            raise
+
+    threads = [threading.Thread(target=put, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert shelf.complete
+    assert shelf.count == 16
+    assert shelf.have() == b"\xff\xff"
+
+
+@pytest.mark.parametrize("lie", ["another chunk", "no frame", "a bomb", "too short"])
+def test_a_pack_that_lies_is_convicted(lie, store, tmp_path):
+    """The frame is what the pack says: peers are innocent, the signer is not."""
+    frames = list(SMALL.frames)
+    frames[1] = {
+        "another chunk": compress(chunk(9)),
+        "no frame": b"rubbish",
+        "a bomb": compress(bytes(CHUNK_SIZE * 40)),
+        "too short": compress(chunk(2)[:-1]),
+    }[lie]
+    liar = small_disk([1, 2, 0, 3, 1, 4], tail=1000, frames=frames)
+    shelf = fill(store, liar)
+    assert shelf.complete
+    assert shelf.read(0, CHUNK_SIZE) == chunk(1)
+    with pytest.raises(VerificationFailed):
+        shelf.read(CHUNK_SIZE + 5, 1)
+    store.close()
+    with Store(store.root, min_free=0) as again:
+        shelf = again.shelf(liar.pack)
+        assert shelf.convicted
+        assert not shelf.complete
+        assert shelf.have() == b"\0"
+        assert [held.chunks for held in again.held()] == [0]
+        for refused in (
+            lambda: shelf.put_frame(0, frames[0]),
+            lambda: shelf.get_frame(0),
+            lambda: shelf.read(0, 1),
+            shelf.verify,
+        ):
+            with pytest.raises(VerificationFailed):
+                refused()
+        again.drop(liar.datum)
+        assert again.used() == 0
+
+
+def test_the_last_chunk_may_not_stand_for_a_whole_one(store):
+    """A short chunk's name at a whole position decodes and hashes well, and is a lie."""
+    honest = small_disk([1, 2], tail=1000)
+    shelf = fill(store, honest)
+    shelf.layout.names[0] = shelf.layout.names[1]
+    with pytest.raises(VerificationFailed):
+        shelf.read(0, 10)
+
+
+def test_an_index_outside_of_the_pack_is_refused(store):
+    shelf = fill(store, SMALL)
+    for index in (-1, 4, 1 << 40):
+        with pytest.raises(ChunkCorrupt):
+            shelf.put_frame(index, SMALL.frames[0])
+        with pytest.raises(NotFound):
+            shelf.get_frame(index)
+
+
+def test_a_rotten_object_is_fetched_again(store):
+    shelf = fill(store, SMALL)
+    path = next((store.root / "objects").glob(f"*/{SMALL.datum}"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(NotFound):
+        store.get_object(SMALL.datum)
+    assert store.missing_objects(SMALL.datum) == [SMALL.datum]
+    assert store.held() == []
+    store.close()
+    with Store(store.root, min_free=0) as again:
+        SMALL.put_objects(again)
+        assert again.begin(SMALL.datum).complete
+    assert shelf.layout.cid == again.held()[0].content
+
+
+def test_missing_objects_are_named_level_by_level(store):
+    rest = {object_cid(data): data for data in SMALL.objects}
+    asked = []
+    while missing := store.missing_objects(SMALL.datum):
+        with pytest.raises(NotFound):
+            store.begin(SMALL.datum)
+        asked.append(len(missing))
+        for cid in missing:
+            store.put_object(rest.pop(cid))
+    assert asked == [1, 3, 3]
+    assert rest == {}
+
+
+def test_objects_on_their_way_survive_a_drop(store):
+    """Another datum that shares them is being fetched while this one is dropped."""
+    sibling = small_disk([1, 2, 0, 3, 1, 4], tail=1000, exact=False)
+    fill(store, SMALL)
+    store.put_object(sibling.objects[-1])
+    missing = store.missing_objects(sibling.datum)
+    store.drop(SMALL.datum)
+    for data in sibling.objects:
+        if object_cid(data) in missing:
+            store.put_object(data)
+    store.begin(sibling.datum)
+
+
+def test_what_was_begun_and_dropped_is_not_found(store):
+    shelf = fill(store, SMALL)
+    store.drop(SMALL.datum)
+    with pytest.raises(NotFound):
+        shelf.get_frame(0)
+    with pytest.raises(NotFound):
+        shelf.read(0, 1)
+    store.flush()
+
+
+def test_frames_that_are_here_are_never_fetched(store):
+    first = fill(store, small_disk([1, 2, 3, 5]))
+    assert first.local_bytes == 0
+    other = small_disk([5, 3, 7, 2], key=SigningKey(bytes(32)))
+    other.put_objects(store)
+    shelf = store.begin(other.datum)
+    assert [shelf.holds(i) for i in range(4)] == [True, True, False, True]
+    assert shelf.local_bytes == sum(len(other.frames[i]) for i in (0, 1, 3))
+
+
+def test_objects_that_do_not_fit_together_are_refused(store):
+    other = small_disk([7])
+    for disk in (SMALL, other):
+        disk.put_objects(store)
+    about = Disk.decode(SMALL.objects[-1])
+    strange = Disk.decode(other.objects[-1])
+    for wrong in (
+        attrs.evolve(about, pack=strange.pack),
+        attrs.evolve(about, content=strange.content),
+        attrs.evolve(about, pack=about.recipe),
+        attrs.evolve(about, recipe=about.pack),
+        attrs.evolve(about, pack=SMALL.datum),
+    ):
+        datum = store.put_object(signed(wrong, KEY).encode())
+        with pytest.raises(BadObject):
+            store.begin(datum)
+    assert store.held() == []
+
+
+def test_a_tree_of_nothing_is_complete_at_once(store):
+    datum = store.put_object(signed(Tree((), None, None, b""), KEY).encode())
+    assert store.missing_objects(datum) == []
+    shelf = store.begin(datum)
+    assert shelf.complete
+    assert shelf.have() == b""
+    held = store.held()[0]
+    assert (held.datum, held.content, held.pack, held.chunks_total) == (datum, held.content, datum, 0)
+    store.close()
+    with Store(store.root, min_free=0) as again:
+        assert again.shelf(datum).complete
+        again.drop(datum)
+        assert not list((again.root / "packs").iterdir())
+
+
+def test_a_restart_hashes_nothing_and_another_kernel_only_what_is_in_doubt(store):
+    WIDE.put_objects(store)
+    shelf = store.begin(WIDE.datum)
+    for index in range(10):
+        shelf.put_frame(index, WIDE.frames[index])
+        if index == 6:
+            shelf.flush()
+    os.close(store._lock_fd)
+    checked = []
+    sound = type(shelf)._sound
+
+    def counted(self, index):
+        checked.append(index)
+        return sound(self, index)
+
+    with mock.patch.object(type(shelf), "_sound", counted):
+        with Store(store.root, min_free=0) as again:
+            assert again.shelf(WIDE.pack).count == 10
+            assert checked == []
+            os.close(again._lock_fd)  # close() would sync
+            again._lock_fd = -1
+        with (
+            mock.patch.object(marks, "boot_id", return_value="another"),
+            Store(store.root, min_free=0) as again,
+        ):
+            assert again.shelf(WIDE.pack).count == 10
+            assert checked == [7, 8, 9]
+    store._lock_fd = -1
