@@ -17,7 +17,7 @@ import contextlib
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import attrs
@@ -29,6 +29,7 @@ from p2pgrid.dht.store import Store
 from p2pgrid.drive import drive
 from p2pgrid.errors import BadObject, GridError, NotFound, Unreachable, WorldError
 from p2pgrid.ids import Cid, PeerId
+from p2pgrid.machine import Tick
 from p2pgrid.net import Index
 from p2pgrid.transfer.messages import INDICES_MAX
 from p2pgrid.transfer.session import Session, Want
@@ -55,6 +56,9 @@ PEERS_MAX = 40
 OBJECTS_AT_ONCE = 8
 OBJECT_PATIENCE = 15.0
 """Seconds for an object (at most 1 MiB) before it is asked of another peer."""
+GATHER = 0.005
+"""Seconds that reports of links wait for more of them: a step and a message for each would cost
+as much as the bytes.  Peers are asked for more than arrives in that time."""
 ANNOUNCE = 0.025
 """Seconds that news of chunks wait for more of them."""
 REPORT = 0.25
@@ -146,7 +150,8 @@ class Download:
         self._keys = [datum]
         self._lock = threading.Lock()
         self._reports: list[Event] = []
-        self._inbox: trio.MemorySendChannel[Event] | None = None
+        self._reported = trio.Event()
+        self._inbox: trio.MemorySendChannel[Sequence[Event]] | None = None
         self._shelf: Shelf | None = None
         self._swarm: Swarm | None = None
         self._arrived = bytearray()
@@ -168,6 +173,7 @@ class Download:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._search, nursery)
                         nursery.start_soon(self._report)
+                        nursery.start_soon(self._collect)
                         nursery.start_soon(self._announce)
                         try:
                             await self._objects()
@@ -259,29 +265,31 @@ class Download:
             self._arrived = bytearray(len(shelf.frames.lengths))
             self._swarm = Swarm(shelf.frames.lengths, shelf.have(), self._rng)
             # Bounded by what peers were asked for and by how much they may chatter.
-            self._inbox, inbox = trio.open_memory_channel[Event](math.inf)
+            self._inbox, inbox = trio.open_memory_channel[Sequence[Event]](math.inf)
             for contact in self._contacts.values():
                 self._open(contact)
-            await drive(self._swarm, inbox, self._perform)
+            await drive(_Gathered(self._swarm), inbox, self._perform)
 
     async def _flush(self) -> None:
         if self._shelf is not None:
             await trio.to_thread.run_sync(self._shelf.flush)
 
-    async def _perform(self, effect: Effect) -> None:
-        match effect:
-            case Ask(peer, indices):
-                if want := self._want(peer):
-                    for start in range(0, len(indices), INDICES_MAX):
-                        want.ask(indices[start : start + INDICES_MAX])
-            case Withdraw(peer, index):
-                if want := self._want(peer):
-                    want.withdraw(index)
-            case Shun(peer, _):
-                self._shun(peer)
-            case Completed():
-                assert self._inbox is not None
-                self._inbox.close()
+    async def _perform(self, effects: Sequence[Effect]) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        for effect in effects:
+            match effect:
+                case Ask(peer, indices):
+                    if want := self._want(peer):
+                        for start in range(0, len(indices), INDICES_MAX):
+                            want.ask(indices[start : start + INDICES_MAX])
+                case Withdraw(peer, index):
+                    if want := self._want(peer):
+                        want.withdraw(index)
+                case Shun(peer, _):
+                    self._shun(peer)
+                case Completed():
+                    assert self._inbox is not None
+                    self._inbox.close()
 
     def _let_go(self) -> None:
         for contact in self._contacts.values():
@@ -394,7 +402,7 @@ class Download:
             self._reports.append(event)
             if len(self._reports) > 1:
                 return  # whoever was first has called already
-        self._token.run_sync_soon(self._collect)
+        self._token.run_sync_soon(self._ring_reported)
 
     def fail(self, error: GridError) -> None:
         self._token.run_sync_soon(self._give_up, error)
@@ -412,19 +420,27 @@ class Download:
                 self._peering.learn(peer, addresses)
                 self.hint([peer])
 
-    def _collect(self) -> None:
-        with self._lock:
-            events, self._reports = self._reports, []
-        for event in events:
-            if isinstance(event, Arrived) and not self._arrived[event.index]:
-                self._count(event.index, event.size)
-                self._bytes_by_peer[event.peer] = self._bytes_by_peer.get(event.peer, 0) + event.size
-                self._fresh.append(event.index)
-            elif isinstance(event, Joined):
-                self._contacts[event.peer].losses = 0
-        if self._fresh:
-            self._freshly.set()
-        self._feed(events)
+    def _ring_reported(self) -> None:
+        self._reported.set()
+
+    async def _collect(self) -> None:
+        """Take what links report, a moment's worth at a time, and let the swarm decide."""
+        while True:
+            await self._reported.wait()
+            self._reported = trio.Event()
+            with self._lock:
+                events, self._reports = self._reports, []
+            for event in events:
+                if isinstance(event, Arrived) and not self._arrived[event.index]:
+                    self._count(event.index, event.size)
+                    self._bytes_by_peer[event.peer] = self._bytes_by_peer.get(event.peer, 0) + event.size
+                    self._fresh.append(event.index)
+                elif isinstance(event, Joined):
+                    self._contacts[event.peer].losses = 0
+            if self._fresh:
+                self._freshly.set()
+            self._feed(events)
+            await trio.sleep(GATHER)
 
     def came_otherwise(self, index: int, size: int) -> None:
         """Another fetch, of a datum with the same pack, brought a chunk."""
@@ -437,11 +453,10 @@ class Download:
         self._done += size
         self._last = trio.current_time()
 
-    def _feed(self, events: Iterable[Event]) -> None:
+    def _feed(self, events: Sequence[Event]) -> None:
         if self._inbox is not None:
             with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
-                for event in events:
-                    self._inbox.send_nowait(event)
+                self._inbox.send_nowait(events)
 
     async def _announce(self) -> None:
         """Tell those who have opened the pack what came, a moment's worth at a time."""
@@ -482,3 +497,33 @@ class Download:
         )
         for listener in list(self.listeners):
             listener(progress)
+
+
+class _Gathered:
+    """A swarm that takes many events in one step, and says what to do in order, each peer asked once."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self._swarm = swarm
+
+    @property
+    def deadline(self) -> float:
+        return self._swarm.deadline
+
+    def step(self, events: Sequence[Event] | Tick, now: float) -> Iterator[list[Effect]]:
+        asks: dict[PeerId, dict[int, None]] = {}
+        effects: list[Effect] = []
+        for event in (events,) if isinstance(events, Tick) else events:
+            for effect in self._swarm.step(event, now):
+                match effect:
+                    case Ask(peer, indices):
+                        asks.setdefault(peer, {}).update(dict.fromkeys(indices))
+                    case Withdraw(peer, index) if index in asks.get(peer, {}):
+                        del asks[peer][index]
+                    case _:
+                        effects.append(effect)
+        effects += [Ask(peer, tuple(indices)) for peer, indices in asks.items() if indices]
+        if effects:
+            yield effects
+
+    def check(self) -> None:
+        self._swarm.check()
