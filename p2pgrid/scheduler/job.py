@@ -118,6 +118,13 @@ class Task:
     reason: str = ""
     """Why it is pending again, or an error."""
 
+    @property
+    def tree(self) -> ResultTree:
+        """The result that is on its way."""
+        assert self.outcome is not None
+        assert self.outcome.result is not None
+        return self.outcome.result
+
 
 @attrs.define(eq=False)
 class Job:

@@ -1,0 +1,108 @@
+"""Tell each node what to hold, what to drop and what to stop.
+
+Pure.  A submitter's node fetches the results that are on their way to it, oldest first; a
+worker fetches the disks it is expected to run and the replicas that are wished for.  Who
+is expected is worked out at most once in `refresh` seconds, not at each heartbeat.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from p2pgrid.ids import PeerId
+from p2pgrid.scheduler.catalogue import Catalogue
+from p2pgrid.scheduler.messages import HOLD_MAX, PROVIDERS_MAX, Orders, Provider, Wanted
+from p2pgrid.scheduler.placement import Holder, Wish, expected_workers, should_hold
+from p2pgrid.scheduler.roster import Node, Roster
+from p2pgrid.scheduler.work import Work
+
+
+def gist(orders: Orders) -> object:
+    """What of `orders` is news where it changes: not the providers."""
+    return [(w.datum, w.task, w.epoch) for w in orders.hold], orders.drop, orders.stop
+
+
+class Errands:
+    """Orders for nodes, from what is known of data, work and nodes."""
+
+    def __init__(self, work: Work, roster: Roster, catalogue: Catalogue, interval: float) -> None:
+        self._work = work
+        self._roster = roster
+        self._catalogue = catalogue
+        self._interval = interval
+        self._expected: dict[str, dict[PeerId, None]] = {}
+        self._worked_out = -math.inf
+
+    def expected(self, now: float, refresh: float) -> dict[str, dict[PeerId, None]]:
+        """Datum to the workers that will soon need it; no older than `refresh` seconds."""
+        if now - self._worked_out < refresh:
+            return self._expected
+        self._worked_out = now
+        self._expected = {}
+        candidates = self._roster.candidates()
+        for shape in self._work.pending:
+            disk = shape.spec.disk
+            missing = {c.peer: self.missing(c.peer, disk) for c in candidates}
+            peers = expected_workers(shape.spec, len(shape.members), candidates, missing)
+            first = self._work.jobs[self._work.tasks[shape.first()].job].job.spec
+            for datum in filter(None, (disk, first.inputs)):
+                self._expected.setdefault(datum, {}).update(dict.fromkeys(peers))
+        return self._expected
+
+    def orders(self, node: Node, now: float) -> Orders:
+        """What `node` is told now; a replica it is told to hold counts as promised."""
+        expected = self.expected(now, self._interval)
+        hold = [self._result(task, node) for task in self._results_for(node)]
+        due = self._due(node, expected) if node.works and node.total.slots else []
+        hold += [
+            self.wanted(datum, node.peer, "job" if node.peer in expected.get(datum, ()) else "replica")
+            for datum in due
+        ]
+        self._roster.promise(node, [w.datum for w in hold[:HOLD_MAX] if w.reason == "replica"])
+        droppable = node.holds & self._catalogue.dropped
+        droppable |= {d for d in node.holds & self._work.result_of.keys()
+                      if d not in self._catalogue and self._work.droppable_result(d, node.peer)}  # fmt: skip
+        return Orders(tuple(hold[:HOLD_MAX]), tuple(sorted(droppable)), tuple(node.stops), self._interval)
+
+    def wanted(self, datum: str, peer: PeerId, reason: Literal["job", "replica"]) -> Wanted:
+        """`datum` as something for `peer` to fetch."""
+        record = self._catalogue[datum].record
+        peers = self._roster.providers(datum, peer, PROVIDERS_MAX)
+        return Wanted(datum, record.kind, record.content, record.size, reason, peers)
+
+    def _result(self, task_id: str, node: Node) -> Wanted:
+        task = self._work.tasks[task_id]
+        assert task.node is not None
+        tree = task.tree
+        peers = self._roster.providers(tree.datum, node.peer, PROVIDERS_MAX)
+        maker = self._roster.node(task.node)
+        if maker.online and maker is not node and all(p.peer != maker.peer for p in peers):
+            peers = (Provider(maker.peer, maker.addresses), *peers[: PROVIDERS_MAX - 1])
+        return Wanted(tree.datum, "tree", tree.content, tree.size, "result", peers, task.id, task.epoch)
+
+    def _results_for(self, node: Node) -> list[str]:
+        """Results to fetch; also those that are here but were not collected, so that they will be."""
+        tasks = self._work.returning.get(node.peer, {})
+        return [task for task, _ in zip(tasks, range(HOLD_MAX), strict=False)]
+
+    def _due(self, node: Node, expected: dict[str, dict[PeerId, None]]) -> list[str]:
+        """Data that placement wants here and that are not here yet."""
+        mine = [d for d, peers in expected.items() if node.peer in peers and d in self._catalogue]
+        data = [*mine, *(d for d in self._catalogue.wishing if d not in mine)]
+        wishes = [Wish(d, self._catalogue[d].record.replica, self._size(d)) for d in data]
+        holder = Holder(node.peer, node.holds, node.free.disk)
+        owners = {d: self._roster.claimed(d) for d in data}
+        due = should_hold(holder, wishes, owners, expected)
+        return [d for d in data if d in due and d not in node.holds]
+
+    def missing(self, peer: PeerId, datum: str) -> int:
+        """Bytes of `datum` that `peer` would have to fetch."""
+        return self._roster.missing(peer, datum, self._size(datum))
+
+    def _size(self, datum: str) -> int:
+        """Bytes to fetch for a copy."""
+        if datum not in self._catalogue:
+            return 0
+        record = self._catalogue[datum].record
+        return record.wire_bytes or record.size

@@ -1,0 +1,123 @@
+"""Know who belongs to the grid, and what each may do.
+
+Pure.  The owner is a member with every role, without a ticket and for ever.  A ticket is
+verified before it comes here; here its uses are counted, one for each peer however often
+that peer joins, and a revoked one counts no longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import attrs
+
+from p2pgrid.errors import NotAuthorised
+from p2pgrid.ids import PeerId
+from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.facts import Member, Past, Row, TokenRevoked, TokenUse
+
+OWNER_ROLES = frozenset({"coordinator", "worker", "submitter"})
+NEEDS: dict[type[Any], str] = {
+    **dict.fromkeys((m.Pull, m.Renew, m.Report), "worker"),
+    **dict.fromkeys((m.Submit, m.Collect, m.Watch, m.Jobs, m.Cancel, m.Put, m.Forget,
+                     m.Data, m.Datum, m.Nodes), "submitter"),
+    m.Revoke: "coordinator",
+}  # fmt: skip
+"""The role that a request needs; any member may ask the rest."""
+
+
+class Admission(Protocol):
+    """What a verified ticket grants."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def token_id(self) -> str: ...
+    @property
+    def uses(self) -> int | None: ...
+    @property
+    def expires(self) -> float: ...
+
+
+class Members:
+    """Members by peer."""
+
+    def __init__(self, owner: PeerId, past: Past, rows: list[Row], now: float) -> None:
+        self.owner = owner
+        self._rows = rows
+        self._members = {member.peer: member for member in past.members}
+        self._members.setdefault(owner, Member(owner, "coordinator", {}, (), now))
+        self._revoked = {row.token for row in past.revoked}
+        self._uses: dict[str, dict[PeerId, None]] = {}
+        for use in past.uses:
+            self._uses.setdefault(use.token, {})[use.peer] = None
+
+    def __iter__(self) -> Iterator[PeerId]:
+        return iter(self._members)
+
+    def __getitem__(self, peer: PeerId) -> Member:
+        return self._members[peer]
+
+    def name(self, peer: PeerId | None) -> str:
+        """What people call `peer`."""
+        return self._members[peer].name if peer in self._members else ""
+
+    def roles(self, peer: PeerId) -> frozenset[str]:
+        """What `peer` may do now."""
+        if peer == self.owner:
+            return OWNER_ROLES
+        member = self._members.get(peer)
+        if member is None:
+            return frozenset()
+        return frozenset(role for role, token in member.roles.items() if token not in self._revoked)
+
+    def authorise(self, peer: PeerId, request: m.Request) -> None:
+        """Whether `peer` may ask this.  Raises `NotAuthorised`."""
+        roles = self.roles(peer)
+        if not roles:
+            raise NotAuthorised(why="this node is not a member of the grid, or its ticket was revoked")
+        need = NEEDS.get(type(request))
+        if need is not None and need not in roles:
+            raise NotAuthorised(why=f"{type(request).__name__.lower()} needs the role of a {need}")
+
+    def join(self, peer: PeerId, request: m.Join, admission: Admission | None, now: float) -> Member:
+        """Take `peer` in, or note its new name.  Raises `NotAuthorised`."""
+        member = self._members.get(peer)
+        roles = dict(member.roles) if member else {}
+        if admission is not None:
+            self._admit(peer, admission)
+            roles[admission.role] = admission.token_id
+        elif not self.roles(peer):
+            raise NotAuthorised(why="a new member needs a ticket")
+        name = request.name or (member.name if member else peer[-8:])
+        joined = Member(peer, name, roles, request.shares, member.joined if member else now)
+        if joined != member:
+            self._members[peer] = joined
+            self._rows.append(joined)
+        return joined
+
+    def _admit(self, peer: PeerId, admission: Admission) -> None:
+        if admission.role not in ("worker", "submitter"):
+            raise NotAuthorised(why=f"no ticket makes a {admission.role}")
+        if admission.token_id in self._revoked:
+            raise NotAuthorised(why="the ticket was revoked")
+        users = self._uses.get(admission.token_id, {})
+        if peer in users:
+            return
+        if admission.uses is not None and len(users) >= admission.uses:
+            raise NotAuthorised(why=f"the ticket was used {len(users)} times, and is good for no more")
+        self._uses[admission.token_id] = users | {peer: None}
+        self._rows.append(TokenUse(admission.token_id, peer))
+
+    def dismiss(self, peer: PeerId) -> None:
+        """End a membership."""
+        self._members[peer] = attrs.evolve(self._members[peer], roles={})
+        self._rows.append(self._members[peer])
+
+    def revoke(self, token: str) -> list[PeerId]:
+        """Refuse a ticket from now on; those who joined with it."""
+        if token not in self._revoked:
+            self._revoked.add(token)
+            self._rows.append(TokenRevoked(token))
+        return [peer for peer, member in self._members.items() if token in member.roles.values()]

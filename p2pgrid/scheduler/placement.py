@@ -1,0 +1,127 @@
+"""Decide which data a node should hold, and which nodes a job should expect to work for it.
+
+Pure: functions over a snapshot.  `should_hold` is BitDew's Algorithm 1 (Fedak, He, Cappello
+2008) with the inequality as in its code (`owners < replica`; the paper prints it reversed),
+and what it lacked: *expected workers* get a job's disk before they get the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import attrs
+
+from p2pgrid.ids import PeerId
+from p2pgrid.scheduler.job import JobSpec
+from p2pgrid.scheduler.messages import Capacity
+
+EVERYWHERE = -1
+
+
+@attrs.frozen
+class Wish:
+    """How a datum wishes to live: `replica` copies, or -1 for one on every worker."""
+
+    datum: str
+    replica: int
+    bytes: int
+    """What a copy takes on disk."""
+
+
+@attrs.frozen
+class Holder:
+    """A node as placement sees it: what it holds or is already fetching, and its room (bytes)."""
+
+    peer: PeerId
+    holds: Collection[str]
+    room: int
+
+
+def should_hold(
+    node: Holder,
+    data: Iterable[Wish],
+    owners: Mapping[str, Collection[PeerId]],
+    expected: Mapping[str, Collection[PeerId]],
+) -> set[str]:
+    """The data of `data` that `node` should hold; what it holds already, it keeps.
+
+    `owners` counts nodes that hold a datum or were told to.  Data that do not fit the
+    node's room any more are left out, those of expected jobs are first to be placed.
+    """
+    kept: set[str] = set()
+    wanted: list[Wish] = []
+    room = node.room
+    for wish in data:
+        if wish.datum in node.holds:
+            kept.add(wish.datum)
+        elif node.peer in owners.get(wish.datum, ()):
+            kept.add(wish.datum)
+            room -= wish.bytes
+        else:
+            wanted.append(wish)
+    wanted.sort(key=lambda w: node.peer not in expected.get(w.datum, ()))
+    for wish in wanted:
+        is_due = (
+            node.peer in expected.get(wish.datum, ())
+            or wish.replica == EVERYWHERE
+            or len(owners.get(wish.datum, ())) < wish.replica
+        )
+        if is_due and wish.bytes <= room:
+            kept.add(wish.datum)
+            room -= wish.bytes
+    return kept
+
+
+def fits(spec: JobSpec, offer: Capacity, shares: Collection[str]) -> bool:
+    """Whether a worker that offers `offer` and shares `shares` may run a task of `spec`."""
+    return (
+        offer.slots > 0
+        and spec.memory <= offer.memory
+        and spec.cpus <= offer.cpus
+        and spec.scratch <= offer.disk
+        and all(need in shares for need in spec.needs)
+    )
+
+
+@attrs.frozen
+class Candidate:
+    """A worker that is online: what it offers when idle, and what is free now."""
+
+    peer: PeerId
+    total: Capacity
+    free: Capacity
+    shares: Collection[str]
+
+
+def expected_workers(
+    spec: JobSpec, count: int, candidates: Sequence[Candidate], missing: Mapping[PeerId, int]
+) -> list[PeerId]:
+    """The workers that will likely run `count` pending tasks of `spec`, likeliest first.
+
+    Those with a free slot come first, then those to whom the fewest bytes of the disk are
+    `missing`.  At most `count`: a disk that nobody needs is not sent ahead.
+    """
+    able = [c for c in candidates if fits(spec, c.total, c.shares)]
+    able.sort(key=lambda c: (not fits(spec, c.free, c.shares), missing[c.peer], c.peer))
+    return [c.peer for c in able[:count]]
+
+
+def why_pending(spec: JobSpec, candidates: Sequence[Candidate]) -> str:
+    """In one sentence, what tasks of `spec` wait for: the condition that most workers fail."""
+    if not candidates:
+        return "no worker is online"
+    tests: list[tuple[str, Callable[[Candidate], bool]]] = [
+        *((f"shares {need}", lambda c, need=need: need in c.shares) for need in spec.needs),
+        (f"offers {spec.memory >> 20} MiB of memory", lambda c: spec.memory <= c.total.memory),
+        (f"offers {spec.cpus} CPUs", lambda c: spec.cpus <= c.total.cpus),
+        (f"has {spec.scratch >> 20} MiB of disk for scratch", lambda c: spec.scratch <= c.total.disk),
+    ]
+    online = f"of {len(candidates)} workers online"
+    left = list(candidates)
+    for what, passes in tests:
+        kept = [c for c in left if passes(c)]
+        if not kept:
+            others = "" if len(left) == len(candidates) else " of those that meet the rest"
+            return f"{online} none{others} {what}"
+        left = kept
+    return f"{online} {len(left)} can run it; waiting for a free slot"

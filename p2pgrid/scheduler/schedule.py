@@ -1,0 +1,527 @@
+"""Decide who runs what and who holds what: the coordinator's state behind one door.
+
+Pure: no clock, no sockets, no database.  Every call of a peer is an event; effects are
+rows to save and answers to give, and no answer may leave before the rows of its step are
+saved.  A call that waits (pull, beat, watch) is *parked* and answered by a later step.
+
+    Called(pull)    -> a pending task that fits: its disk is here, else the oldest
+    Called(report)  -> returning: the submitter's node is told to fetch the result
+    Called(collect) -> final
+    Tick            -> leases that ran out and nodes that fell silent give their tasks back
+
+`now` is in seconds and never runs backwards.  A step that comes much later than `deadline`
+means that the coordinator slept, not that everybody else did: all get a new term.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import msgspec
+
+from p2pgrid.errors import Conflict, GridError, NotAuthorised
+from p2pgrid.ids import PeerId
+from p2pgrid.machine import Tick
+from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.catalogue import Catalogue
+from p2pgrid.scheduler.errands import Errands, gist
+from p2pgrid.scheduler.facts import Past, Row
+from p2pgrid.scheduler.job import Revoked, Task
+from p2pgrid.scheduler.members import Admission, Members
+from p2pgrid.scheduler.parking import Parked, Parking, Timers
+from p2pgrid.scheduler.pending import Shape
+from p2pgrid.scheduler.placement import fits
+from p2pgrid.scheduler.roster import Node, Roster
+from p2pgrid.scheduler.submissions import Submissions
+from p2pgrid.scheduler.work import Lease, Work
+
+
+@attrs.frozen
+class Rules:
+    """Times in seconds."""
+
+    lease_ttl: float = 30.0
+    beat_interval: float = 5.0
+    lost_after: float = 20.0
+    """Silence after which a node is offline."""
+    backoff_max: float = 60.0
+    """Longest time for which a node does not get a task again that it could not start."""
+    fairness: float = 60.0
+    """Age at which a task is no longer passed over for one whose disk is at hand."""
+
+
+@attrs.frozen
+class Called:
+    """`peer` asks; `call` names the answer, `chance` (7 bytes) a new job."""
+
+    call: int
+    peer: PeerId
+    request: m.Request
+    chance: bytes = b""
+    admission: Admission | None = None
+
+
+@attrs.frozen
+class Hung:
+    """The caller does not wait any more."""
+
+    call: int
+
+
+@attrs.frozen
+class Undelivered:
+    """A grant could not be told to its worker."""
+
+    task: str
+    epoch: int
+
+
+@attrs.frozen
+class Save:
+    """Keep `row` in the ledger."""
+
+    row: Row
+
+
+@attrs.frozen
+class Answer:
+    """Tell the caller of `call`, after all rows of the step are saved."""
+
+    call: int
+    reply: m.Reply
+
+
+Event = Called | Hung | Undelivered | Tick
+Effect = Save | Answer
+
+
+class Schedule:
+    """The machine.  After a restart, whoever had a lease or a result has a whole term more."""
+
+    def __init__(self, owner: PeerId, past: Past, now: float, rules: Rules | None = None) -> None:
+        self.rules = rules or Rules()
+        self._rows: list[Row] = []
+        self._answers: list[Answer] = []
+        self.members = Members(owner, past, self._rows, now)
+        self.roster = Roster()
+        self.catalogue = Catalogue(past.data)
+        self.work = Work(self.roster, self._rows)
+        self._errands = Errands(self.work, self.roster, self.catalogue, self.rules.beat_interval)
+        self._submissions = Submissions(self.members, self.work, self.roster, self.catalogue, self._rows)
+        self._parking = Parking()
+        self._timers = Timers()
+        self._avoid: dict[str, dict[PeerId, float]] = {}
+        self._jobs_seen = 0
+        for peer in self.members:
+            self._note_role(peer)
+        self.work.restore(past, now, now + self.rules.lease_ttl)
+        for task_id, lease in self.work.leases.items():
+            self._time(task_id, lease)
+        for node in self.roster.nodes.values():
+            if node.leases or node.results:
+                self._heard(node, now)
+
+    # --- the door ---------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float:
+        return self._timers.next
+
+    def step(self, event: Event, now: float) -> list[Effect]:
+        """Take one event.  Effects are in order: rows first, then the answers that need them."""
+        if now > self.deadline + self.rules.lost_after:
+            self._slept(now)
+        match event:
+            case Called():
+                try:
+                    if not isinstance(event.request, m.Join):
+                        self.members.authorise(event.peer, event.request)
+                        self._heard(self.roster.node(event.peer), now)
+                    reply = self._ask(event, now)
+                except GridError as error:
+                    reply = m.failure(error)
+                if reply is not None:
+                    self._answers.append(Answer(event.call, reply))
+            case Hung(call):
+                self._parking.remove(call)
+            case Undelivered(task, epoch):
+                self._undelivered(task, epoch)
+        self._ring(now)
+        self._match(now)
+        self._spread_news(now)
+        effects: list[Effect] = [*map(Save, self._rows), *self._answers]
+        self._rows.clear()
+        self._answers.clear()
+        return effects
+
+    def _ask(self, event: Called, now: float) -> m.Reply | None:
+        """The answer to a call, or None where it is parked.  Raises what the caller is to be told."""
+        peer, submissions = event.peer, self._submissions
+        match event.request:
+            case m.Join() as join:
+                return self._join(peer, join, event.admission, now)
+            case m.Leave():
+                return self._leave(peer)
+            case m.Revoke(token):
+                return self._revoke(token)
+            case m.Beat() as beat:
+                return self._beat(event.call, peer, beat, now)
+            case m.Pull() as pull:
+                return self._pull(event.call, peer, pull, now)
+            case m.Renew() as renew:
+                return self._renew(peer, renew, now)
+            case m.Report() as report:
+                return self._report(peer, report, now)
+            case m.Watch() as watch:
+                return self._watch(event.call, peer, watch, now)
+            case m.Submit() as submit:
+                return submissions.submit(peer, submit, event.chance, now)
+            case m.Collect() as collect:
+                return submissions.collect(peer, collect, now)
+            case m.Cancel() as cancel:
+                return submissions.cancel(peer, cancel, now)
+            case m.Jobs() as jobs:
+                return submissions.jobs(peer, jobs)
+            case m.Put() as put:
+                return submissions.put(peer, put, now)
+            case m.Forget() as forget:
+                return submissions.forget(peer, forget)
+            case m.Datum() as datum:
+                return submissions.datum(peer, datum)
+            case m.Data() as data:
+                return submissions.data(peer, data)
+            case m.Nodes() as nodes:
+                return submissions.nodes(nodes, now)
+            case m.Providers(datum_cid):
+                return m.ProviderList(self.roster.providers(datum_cid, peer, 64))
+
+    # --- members ------------------------------------------------------------------------------
+
+    def _note_role(self, peer: PeerId) -> Node:
+        node = self.roster.node(peer)
+        node.works = "worker" in self.members.roles(peer)
+        return node
+
+    def _join(self, peer: PeerId, join: m.Join, admission: Admission | None, now: float) -> m.Reply:
+        member = self.members.join(peer, join, admission, now)
+        node = self._note_role(peer)
+        self.work.fresh |= node.shares != join.shares
+        node.shares, node.addresses = join.shares, join.addresses or node.addresses
+        self._heard(node, now)
+        roles: tuple[Any, ...] = tuple(sorted(self.members.roles(peer)))
+        rules = self.rules
+        return m.Welcome(roles, member.name, self.members.owner, rules.beat_interval, rules.lease_ttl)
+
+    def _leave(self, peer: PeerId) -> m.Reply:
+        if peer == self.members.owner:
+            raise Conflict(what="the membership of the grid's owner: it cannot leave")
+        self.members.dismiss(peer)
+        self._expel(peer, "its worker left the grid")
+        return m.Done()
+
+    def _revoke(self, token: str) -> m.Reply:
+        for peer in self.members.revoke(token):
+            if not self._note_role(peer).works:
+                self._expel(peer, "its worker's ticket was revoked")
+        return m.Done()
+
+    def _expel(self, peer: PeerId, why: str) -> None:
+        """`peer` is no worker any more: what it had goes back at once, for good."""
+        node = self._note_role(peer)
+        held = self.work.results.keys() & node.holds
+        self.roster.lost(node)
+        self._give_back(node, why, revivable=False)
+        self._orphaned(held)
+        for parked in (self._parking.pulls.get(peer), self._parking.beats.get(peer)):
+            if parked is not None:
+                self._answer(parked, m.failure(NotAuthorised(why=why)))
+
+    def _give_back(self, node: Node, why: str, *, revivable: bool) -> None:
+        """Take every lease from `node`, and every result that nobody else holds."""
+        for task in [*node.leases, *(t for t in node.results if not self._elsewhere(t))]:
+            self.work.lapse(self.work.tasks[task], why, revivable=revivable)
+
+    def _elsewhere(self, task_id: str) -> bool:
+        """Whether a node other than its maker is online and holds the result of the task."""
+        task = self.work.tasks[task_id]
+        return any(peer != task.node for peer in self.roster.owners(task.tree.datum))
+
+    def _orphaned(self, results: set[str]) -> None:
+        """A node no longer has `results`: was it the last one that had them?"""
+        for task_id in [t for datum in sorted(results) for t in self.work.results.get(datum, ())]:
+            task = self.work.tasks[task_id]
+            assert task.node is not None
+            if not self.roster.node(task.node).online and not self._elsewhere(task_id):
+                self.work.lapse(task, "the node that has the result fell silent")
+
+    # --- heartbeats ---------------------------------------------------------------------------
+
+    def _heard(self, node: Node, now: float) -> None:
+        node.seen = now
+        if not node.online:
+            node.online = True
+            self._timers.set(now + self.rules.lost_after, "node", node.peer)
+
+    def _beat(self, call: int, peer: PeerId, beat: m.Beat, now: float) -> m.Reply | None:
+        node = self.roster.node(peer)
+        self.work.fresh |= node.shares != beat.shares
+        gone = self.work.results.keys() & (node.holds - set(beat.holds))
+        self.roster.beat(node, beat)
+        self._own_results(node, now)
+        self._orphaned(gone)
+        if peer in self._parking.beats:
+            self._answer(self._parking.beats[peer], self._orders(node, now))
+        orders = self._errands.orders(node, now)
+        if beat.patience and gist(orders) == node.told:
+            self._parking.beat(self._parked(call, peer, beat, now))
+            return None
+        return self._tell(node, orders)
+
+    def _own_results(self, node: Node, now: float) -> None:
+        """See whether `node` still has, or has again, the results that it made."""
+        for task in [self.work.tasks[t] for t in node.lapsed]:
+            result = task.outcome.result if task.outcome is not None else None
+            if result is not None and result.datum in node.holds:
+                self.work.revive_result(task)
+        for task in [self.work.tasks[t] for t in node.results]:
+            has_it = task.tree.datum in node.holds or self._elsewhere(task.id)
+            if not has_it and now - task.reported > self.rules.lost_after:
+                self.work.lapse(task, "its worker no longer has the result")
+
+    def _orders(self, node: Node, now: float) -> m.Orders:
+        return self._tell(node, self._errands.orders(node, now))
+
+    @staticmethod
+    def _tell(node: Node, orders: m.Orders) -> m.Orders:
+        node.stops.clear()
+        node.told = gist(msgspec.structs.replace(orders, stop=()))
+        return orders
+
+    def _spread_news(self, now: float) -> None:
+        """Answer parked beats whose orders changed, and watches whose job did."""
+        news, self.roster.news = self.roster.news, {}
+        for peer in news:
+            parked = self._parking.beats.get(peer)
+            if parked is not None:
+                node = self.roster.node(peer)
+                orders = self._errands.orders(node, now)
+                if gist(orders) != node.told:
+                    self._answer(parked, self._tell(node, orders))
+        touched, self.work.touched = self.work.touched, {}
+        for job in touched:
+            for parked in self._parking.watches(job):
+                self._answer(parked, self._submissions.view(self.work.jobs[job], parked.request.version))
+
+    # --- work ---------------------------------------------------------------------------------
+
+    def _pull(self, call: int, peer: PeerId, pull: m.Pull, now: float) -> m.Reply | None:
+        node = self.roster.node(peer)
+        if peer in self._parking.pulls:
+            self._answer(self._parking.pulls[peer], m.Nothing())
+        for task_id in [t for t in node.leases if t not in pull.working]:
+            lease = self.work.leases[task_id]
+            if not lease.known:
+                lease.until = now + self.rules.lease_ttl
+                return self._granted(self.work.tasks[task_id])
+            self.work.lapse(self.work.tasks[task_id], "its worker does not run it any more")
+        shape = self._choose(pull, node, now)
+        if shape is not None:
+            return self._grant(self._allowed(shape, peer, now), node, now)
+        if not pull.patience:
+            return m.Nothing()
+        self._parking.pull(self._parked(call, peer, pull, now))
+        return None
+
+    def _choose(self, pull: m.Pull, node: Node, now: float) -> Shape | None:
+        """The shape to take a task from: old ones first, then fewest missing bytes, then age."""
+        best: tuple[Any, ...] | None = None
+        chosen = None
+        for shape in self.work.pending:
+            if not fits(shape.spec, pull.free, node.shares):
+                continue
+            order = shape.members[shape.first()]
+            is_old = now - order[0] > self.rules.fairness
+            rank = (0 if is_old else self._errands.missing(node.peer, shape.spec.disk), order)
+            if (best is None or rank < best) and self._allowed(shape, node.peer, now) is not None:
+                best, chosen = rank, shape
+        return chosen
+
+    def _allowed(self, shape: Shape, peer: PeerId, now: float) -> str | None:
+        """The oldest task of `shape` that `peer` did not just fail to start."""
+        return shape.oldest(lambda task: self._avoid.get(task, {}).get(peer, 0.0) <= now)
+
+    def _match(self, now: float) -> None:
+        """Give tasks that became pending to pulls that wait, holders of the disk first."""
+        fresh, self.work.fresh = self.work.fresh, False
+        for shape in list(self.work.pending) if fresh else ():
+            able = [p for p in self._parking.pulls.values()
+                    if fits(shape.spec, p.request.free, self.roster.node(p.peer).shares)]  # fmt: skip
+            able.sort(key=lambda p: self._errands.missing(p.peer, shape.spec.disk))
+            for parked in able:
+                task = self._allowed(shape, parked.peer, now)
+                if task is not None:
+                    self._answer(parked, self._grant(task, self.roster.node(parked.peer), now))
+        if len(self.work.jobs) > self._jobs_seen:
+            self._jobs_seen = len(self.work.jobs)
+            self._timers.set(now + self.rules.beat_interval / 20, "place", "")
+
+    def _grant(self, task_id: str | None, node: Node, now: float) -> m.Grant:
+        assert task_id is not None
+        task = self.work.tasks[task_id]
+        until = now + self.rules.lease_ttl
+        self.work.grant(task, node, now, until)
+        self._time(task_id, self.work.leases[task_id])
+        return self._granted(task)
+
+    def _granted(self, task: Task) -> m.Grant:
+        job = self.work.jobs[task.job].job
+        spec = job.spec
+        assert task.node is not None
+        disk = self._errands.wanted(spec.disk, task.node, "job")
+        inputs = self._errands.wanted(spec.inputs, task.node, "job") if spec.inputs else None
+        return m.Grant(task.id, task.epoch, job.id, task.index, spec, job.submitter,
+                       self.rules.lease_ttl, disk, inputs)  # fmt: skip
+
+    def _undelivered(self, task_id: str, epoch: int) -> None:
+        task = self.work.tasks.get(task_id)
+        if task is None or task.state != "running" or task.epoch != epoch:
+            return
+        if not self.work.leases[task_id].known:
+            self.work.lapse(task, "its worker hung up", counted=False, revivable=False)
+
+    def _renew(self, peer: PeerId, renew: m.Renew, now: float) -> m.Reply:
+        node = self.roster.node(peer)
+        until = now + self.rules.lease_ttl
+        try:
+            task = self.work.claim(renew.task, renew.epoch, peer, until)
+        except Revoked:
+            node.stops.pop(renew.task, None)
+            raise
+        lease = self.work.leases[task.id]
+        lease.until, lease.known = until, True
+        self._time(task.id, lease)
+        if lease.note != renew.note:
+            lease.note = renew.note
+            self.work.touch(task)
+        return m.Lease(task.id, task.epoch, self.rules.lease_ttl)
+
+    def _report(self, peer: PeerId, report: m.Report, now: float) -> m.Reply:
+        node = self.roster.node(peer)
+        task = self.work.report(report.task, report.epoch, peer, report.outcome, now)
+        if task is not None and task.state == "returning":
+            self.roster.hold(node, task.tree.datum)
+        elif task is not None and task.state == "pending":
+            pause = min(2.0**task.attempts, self.rules.backoff_max)
+            self._avoid.setdefault(task.id, {})[peer] = now + pause
+            self._timers.set(now + pause, "avoid", task.id)
+        return m.Done(report.task)
+
+    def _watch(self, call: int, peer: PeerId, watch: m.Watch, now: float) -> m.Reply | None:
+        job = self._submissions.visible(watch.job, peer)
+        if watch.version != job.version or not watch.patience or job.final:
+            return self._submissions.view(job, watch.version)
+        self._parking.watch(self._parked(call, peer, watch, now), watch.job)
+        return None
+
+    # --- time and waiting ---------------------------------------------------------------------
+
+    def _parked(self, call: int, peer: PeerId, request: Any, now: float) -> Parked:
+        until = now + request.patience
+        self._timers.set(until, "call", str(call))
+        return Parked(call, until, peer, request)
+
+    def _answer(self, parked: Parked, reply: m.Reply) -> None:
+        self._parking.remove(parked.call)
+        self._answers.append(Answer(parked.call, reply))
+
+    def _ring(self, now: float) -> None:
+        """Do what is due."""
+        for due, key in list(self._timers.ring(now)):
+            match due:
+                case "lease":
+                    self._lease_due(key, now)
+                case "node":
+                    self._node_due(self.roster.node(PeerId(key)), now)
+                case "call":
+                    self._call_due(int(key), now)
+                case "place":
+                    for peers in self._errands.expected(now, refresh=self.rules.beat_interval / 20).values():
+                        self.roster.news |= peers
+                case "avoid":
+                    self.work.fresh = True
+                    left = {p: until for p, until in self._avoid.get(key, {}).items() if until > now}
+                    self._avoid.pop(key, None)
+                    if left:
+                        self._avoid[key] = left
+
+    def _time(self, task_id: str, lease: Lease) -> None:
+        """Have its end noticed, once."""
+        if not lease.timed:
+            lease.timed = True
+            self._timers.set(lease.until, "lease", task_id)
+
+    def _lease_due(self, task_id: str, now: float) -> None:
+        lease = self.work.leases.get(task_id)
+        if lease is None:
+            return
+        if lease.until > now:
+            self._timers.set(lease.until, "lease", task_id)
+        else:
+            self.work.lapse(self.work.tasks[task_id], "its worker fell silent")
+
+    def _node_due(self, node: Node, now: float) -> None:
+        if not node.online:
+            return
+        assert node.seen is not None
+        if node.seen + self.rules.lost_after > now:
+            self._timers.set(node.seen + self.rules.lost_after, "node", node.peer)
+            return
+        held = self.work.results.keys() & node.holds
+        self.roster.lost(node)
+        self._orphaned(held)
+        for task in [t for t in node.results if not self._elsewhere(t)]:
+            self.work.lapse(self.work.tasks[task], "the worker that has the result fell silent")
+
+    def _call_due(self, call: int, now: float) -> None:
+        parked = self._parking.get(call)
+        if parked is None:
+            return
+        match parked.request:
+            case m.Pull():
+                self._answer(parked, m.Nothing())
+            case m.Beat():
+                self._answer(parked, self._orders(self.roster.node(parked.peer), now))
+            case m.Watch(job, version):
+                self._answer(parked, self._submissions.view(self.work.jobs[job], version))
+
+    def _slept(self, now: float) -> None:
+        """Nobody could be heard for a while: nobody is to blame for it."""
+        for lease in self.work.leases.values():
+            lease.until = max(lease.until, now + self.rules.lease_ttl)
+        for node in self.roster.nodes.values():
+            if node.online:
+                node.seen = now
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        self.work.check()
+        self.roster.check()
+        self.catalogue.check()
+        self._parking.check()
+        assert not self._rows, "a step left something behind"
+        assert not self._answers
+        assert not self.roster.news
+        assert not self.work.touched
+        soonest = min((lease.until for lease in self.work.leases.values()), default=None)
+        assert soonest is None or self.deadline <= soonest, "a lease without a timer"
+        for node in self.roster.nodes.values():
+            if node.online:
+                assert node.seen is not None
+                assert self.deadline <= node.seen + self.rules.lost_after
+        for peer, parked in self._parking.pulls.items():
+            node = self.roster.node(peer)
+            for shape in self.work.pending:
+                fit = fits(shape.spec, parked.request.free, node.shares)
+                held = all(peer in self._avoid.get(task, {}) for task in shape.members)
+                assert not fit or held, "a worker waits while a task for it is pending"

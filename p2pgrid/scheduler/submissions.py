@@ -1,0 +1,102 @@
+"""Answer what submitters ask: jobs and data, each submitter its own, the owner all.
+
+Pure: reads and changes the tables that `schedule.py` holds, never waits.
+"""
+
+from __future__ import annotations
+
+from p2pgrid.errors import Conflict, NotFound
+from p2pgrid.ids import PeerId, readable_id
+from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler import views
+from p2pgrid.scheduler.catalogue import Catalogue
+from p2pgrid.scheduler.facts import Row
+from p2pgrid.scheduler.members import Members
+from p2pgrid.scheduler.roster import Roster
+from p2pgrid.scheduler.work import JobState, Work
+
+
+class Submissions:
+    """The submitters' side of the coordinator."""
+
+    def __init__(
+        self, members: Members, work: Work, roster: Roster, catalogue: Catalogue, rows: list[Row]
+    ) -> None:
+        self._members = members
+        self._work = work
+        self._roster = roster
+        self._catalogue = catalogue
+        self._rows = rows
+
+    def _sees(self, peer: PeerId, submitter: PeerId) -> bool:
+        return peer in (submitter, self._members.owner)
+
+    def visible(self, job: str, peer: PeerId) -> JobState:
+        """Raises `NotFound`, also for what is another's."""
+        state = self._work.jobs.get(job)
+        if state is None or not self._sees(peer, state.job.submitter):
+            raise NotFound(what=f"job {job}")
+        return state
+
+    def submit(self, peer: PeerId, request: m.Submit, chance: bytes, now: float) -> m.Done:
+        spec = request.spec
+        if (peer, request.key) not in self._work.keys:
+            if len(set(spec.array)) != len(spec.array):
+                raise Conflict(what="an index that is in the array twice")
+            for datum in filter(None, (spec.disk, spec.inputs)):
+                if not self._sees(peer, self._catalogue[datum].submitter):
+                    raise NotFound(what=f"datum {datum}")
+        return m.Done(self._work.submit(readable_id(chance), spec, peer, request.key, now))
+
+    def collect(self, peer: PeerId, request: m.Collect, now: float) -> m.Done:
+        task = self._work.tasks.get(request.task)
+        if task is None:
+            raise NotFound(what=f"task {request.task}")
+        state = self.visible(task.job, peer)
+        self._work.collect(task, request.epoch, now)
+        self._roster.news |= dict.fromkeys(filter(None, (state.job.submitter, task.node)))
+        return m.Done(task.id)
+
+    def cancel(self, peer: PeerId, request: m.Cancel, now: float) -> m.Done:
+        job = self.visible(request.job, peer)
+        self._work.cancel(job, now)
+        return m.Done(job.job.id)
+
+    def view(self, job: JobState, after: int) -> m.JobView:
+        return views.job_view(job, after, self._work, self._roster, self._members)
+
+    def jobs(self, peer: PeerId, request: m.Jobs) -> m.JobList:
+        mine = [j for j in reversed(self._work.jobs.values()) if self._sees(peer, j.job.submitter)]
+        shown, more = views.page(mine, [j.job.id for j in mine], request.after)
+        return m.JobList(tuple(map(views.job_row, shown)), more)
+
+    def put(self, peer: PeerId, request: m.Put, now: float) -> m.Done:
+        row = self._catalogue.put(request.record, peer, now)
+        self._rows.append(row)
+        self._roster.hold(self._roster.node(peer), request.record.datum)
+        if request.record.replica:
+            self._roster.news |= {c.peer: None for c in self._roster.candidates()}
+        return m.Done()
+
+    def forget(self, peer: PeerId, request: m.Forget) -> m.Done:
+        row = self._catalogue.find(request.datum, peer, peer == self._members.owner)
+        datum = row.record.datum
+        if self._work.used.get(datum):
+            raise Conflict(what=f"a job under way that needs {datum}")
+        self._rows.append(self._catalogue.forget(datum))
+        self._roster.news |= dict.fromkeys(self._roster.owners(datum))
+        return m.Done()
+
+    def datum(self, peer: PeerId, request: m.Datum) -> m.DatumView:
+        row = self._catalogue.find(request.name, peer, peer == self._members.owner)
+        return views.datum_view(row, self._roster, 64)
+
+    def data(self, peer: PeerId, request: m.Data) -> m.DataList:
+        mine = [row for row in self._catalogue if self._sees(peer, row.submitter)][::-1]
+        shown, more = views.page(mine, [row.record.datum for row in mine], request.after)
+        return m.DataList(tuple(views.datum_view(row, self._roster, 0) for row in shown), more)
+
+    def nodes(self, request: m.Nodes, now: float) -> m.NodeList:
+        peers = sorted(p for p in self._members if self._members.roles(p))
+        shown, more = views.page(peers, peers, request.after)
+        return m.NodeList(tuple(views.node_view(p, self._members, self._roster, now) for p in shown), more)
