@@ -55,6 +55,7 @@ SIZE_MAX = 1 << 41
 """Bytes (2 TiB) that sectors in a u32 can tell apart."""
 MARKER = struct.Struct("<QI")
 END_OF_STREAM, FOOTER = 0, 3
+_TELLING = ("createtype", "parentcid", "parentfilenamehint")
 
 
 class Header(NamedTuple):
@@ -173,7 +174,7 @@ def _check_descriptor(source: Source, head: Header) -> None:
         elif "=" in line and not line.startswith("#"):
             key, value = line.split("=", 1)
             key = key.strip().lower()
-            need(key not in facts, f"its descriptor says {key!r} twice")
+            need(key not in facts or key not in _TELLING, f"its descriptor says {key!r} twice")
             facts[key] = value.strip().strip('"').lower()
     kind = facts.get("createtype", "")
     need(
@@ -184,7 +185,9 @@ def _check_descriptor(source: Source, head: Header) -> None:
     need(parentless, f"it is a child of another disk; flatten it first, or {CONVERT}")
     need(not any("encrypt" in k or "keysafe" in k for k in facts), f"it is encrypted; {CONVERT}")
     need(len(extents) == 1, f"its descriptor names {len(extents)} extents, not one; {CONVERT}")
-    own = re.fullmatch(r'RW\s+(\d{1,15})\s+SPARSE\s+"([^"/\\]+)"(\s+0)?', extents[0], re.IGNORECASE)
+    own = re.fullmatch(
+        r'(?:RW|RDONLY)\s+(\d{1,15})\s+SPARSE\s+"([^"/\\]+)"(\s+0)?', extents[0], re.IGNORECASE
+    )
     need(own is not None, f"its descriptor names an extent that is not this file; {CONVERT}")
     need(
         own is not None and int(own[1]) == head.capacity, "its descriptor contradicts its header on the size"
