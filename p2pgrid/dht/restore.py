@@ -69,7 +69,8 @@ def restore_disk(
         if exact:
             _rebuild(store, recipe, shelf, fd, part, progress)
         else:
-            _write_fresh(form, shelf, fd, progress)
+            with explained(part, shelf.layout.content.size):
+                _write_fresh(form, shelf, fd, progress)
         with explained(out):
             os.fsync(fd)
             size = os.fstat(fd).st_size
