@@ -236,6 +236,8 @@ class Shelf:
     def _forget(self, index: int) -> None:
         with self._syncing:  # or a sync under way would call the rotten frame durable
             self._marks.clear(index)
+        with self._plain_lock:
+            self._plain.pop(index, None)
 
     def _convict(self, index: int) -> NoReturn:
         self._convicted = True
