@@ -1,4 +1,4 @@
-"""Count how many peers have each chunk, and find the rarest chunk that is wanted.
+"""Count how many peers have each chunk we miss, and find the rarest that is wanted.
 
 Pure.  The counts are exact and kept *bit-sliced*: indices lie in blocks of `BLOCK`, and a
 block keeps plane 0, 1, 2, … of its counts, each plane one integer with a bit per index:
@@ -37,7 +37,7 @@ def blocks_of(bitmap: bytes, count: int) -> Blocks:
     """The set of a bitmap (LSB first) of `count` indices; what is cut off is not in it."""
     step = BLOCK // 8
     blocks = [int.from_bytes(bitmap[at : at + step], "little") for at in range(0, -(-count // 8), step)]
-    if count % BLOCK:
+    if count % BLOCK:  # the last block is not whole
         blocks[-1] &= (1 << count % BLOCK) - 1
     return blocks
 
@@ -70,16 +70,20 @@ def nth_bit(bits: int, n: int) -> int:
 
 
 class Rarity:
-    """How many peers have each index, and which of the `wanted` ones are the rarest."""
+    """What is held, what of the rest is wanted, and how many peers have each index."""
 
-    def __init__(self, wanted: Blocks) -> None:
-        """Takes `wanted` over."""
-        self.wanted = wanted
-        self._planes: list[list[int]] = [[] for _ in wanted]
-        self._floor = [-1] * len(wanted)
+    def __init__(self, count: int, have: bytes) -> None:
+        """`have`: what is held of `count` indices (bitmap, LSB first); all others are wanted."""
+        everything = blocks_of(b"\xff" * -(-count // 8), count)
+        self._held = blocks_of(have, count)
+        self.wanted = [a & ~h for a, h in zip(everything, self._held, strict=True)]
+        self._everything = everything
+        self.missing = sum(bits.bit_count() for bits in self.wanted)
+        self._planes: list[list[int]] = [[] for _ in everything]
+        self._floor = [-1] * len(everything)
         self._blocks_at: list[int] = []  # by floor: the blocks with that floor, as bits
         self._levels = 0  # the floors that some block has, as bits
-        for block in range(len(wanted)):
+        for block in range(len(everything)):
             self._refresh(block)
 
     def count(self, index: int) -> int:
@@ -91,12 +95,35 @@ class Rarity:
     def nothing_wanted(self) -> bool:
         return not self._levels
 
-    def nowhere(self, block: int) -> int:
-        """The bits of `block` that no peer has, and all beyond its end."""
-        had = 0
-        for plane in self._planes[block]:
-            had |= plane
-        return ~had
+    def holds(self, index: int) -> bool:
+        return bool(self._held[index // BLOCK] >> index % BLOCK & 1)
+
+    def hold(self, index: int) -> None:
+        """`index` is held; no longer missing or wanted."""
+        if not self.holds(index):
+            self._held[index // BLOCK] |= 1 << index % BLOCK
+            self.missing -= 1
+            self.unwant(index // BLOCK, 1 << index % BLOCK)
+
+    def lost(self) -> Blocks:
+        """What is missing and no peer has."""
+        lost = [a ^ h for a, h in zip(self._everything, self._held, strict=True)]
+        for block, planes in enumerate(self._planes):
+            for plane in planes:
+                lost[block] &= ~plane
+        return lost
+
+    def add_all(self, have: Blocks) -> None:
+        """One more peer, with all it has."""
+        for block, bits in enumerate(have):
+            if bits:
+                self.add(block, bits)
+
+    def remove_all(self, have: Blocks) -> None:
+        """One peer less, with all it had."""
+        for block, bits in enumerate(have):
+            if bits:
+                self.remove(block, bits)
 
     def add(self, block: int, bits: int) -> None:
         """One more peer has `bits` of `block`."""
@@ -134,8 +161,9 @@ class Rarity:
 
     def unwant(self, block: int, bits: int) -> None:
         """`bits` of `block` are no longer wanted."""
-        self.wanted[block] &= ~bits
-        self._refresh(block)
+        if self.wanted[block] & bits:
+            self.wanted[block] &= ~bits
+            self._refresh(block)
 
     def rarest(self, have: Blocks, useful: int, rng: Chance) -> tuple[int, int, int]:
         """(block, bits, useful): bits that are wanted, in `have` and equally rare; none if 0.
@@ -197,6 +225,9 @@ class Rarity:
 
     def check(self) -> None:
         """Assert that the floors are what the counts say."""
+        missing = [a ^ h for a, h in zip(self._everything, self._held, strict=True)]
+        assert self.missing == sum(bits.bit_count() for bits in missing)
+        assert not any(wanted & ~bits for wanted, bits in zip(self.wanted, missing, strict=True))
         for block, wanted in enumerate(self.wanted):
             counts = [self.count(block * BLOCK + at) for at in range(wanted.bit_length()) if wanted >> at & 1]
             assert self._floor[block] == min(counts, default=-1)

@@ -32,12 +32,12 @@ import attrs
 
 from p2pgrid.ids import PeerId
 from p2pgrid.machine import Tick
-from p2pgrid.transfer.pace import CHUNKS_MAX, CHUNKS_MIN, WAIT_MIN, Pace
-from p2pgrid.transfer.rarity import BLOCK, Blocks, Chance, Rarity, blocks_of, indices, nth_bit
+from p2pgrid.transfer.pace import CHUNKS_MAX
+from p2pgrid.transfer.partner import Alarms, Partner
+from p2pgrid.transfer.rarity import BLOCK, Chance, Rarity, blocks_of, indices, nth_bit
 
 RUN = 8
 """Neighbours asked one after the other; few, or peers would wait for one another's runs."""
-REFUSALS_MAX = 3
 STALLS_MAX = 4
 REST = 5.0
 """Seconds a peer rests after its first stall; doubled with each further one."""
@@ -151,54 +151,22 @@ Effect = Ask | Withdraw | Shun | Completed
 # --- the machine -----------------------------------------------------------------------
 
 
-@attrs.define(eq=False)
-class _Peer:
-    id: PeerId
-    order: int
-    have: Blocks
-    useful: int
-    """The blocks, as bits, where it may have something wanted."""
-    pace: Pace = attrs.Factory(Pace)
-    asks: dict[int, float] = attrs.Factory(dict)
-    """Index to when it was asked; in the order they were."""
-    outstanding: int = 0
-    """Bytes asked and not here."""
-    since: float = 0.0
-    """When it last brought something, or was asked while it had nothing to do."""
-    stalls: int = 0
-    """Silences in a row; stalled while there are any."""
-    rests_until: float = -math.inf
-    alarm: float = math.inf
-    refusals: dict[int, int] = attrs.Factory(dict)
-    next: int = -1
-    """The neighbour of what was asked last."""
-    run: int = 0
-
-    def has(self, index: int) -> bool:
-        return bool(self.have[index // BLOCK] >> index % BLOCK & 1)
-
-
 class Swarm:
     """The machine that completes one pack."""
 
     def __init__(self, lengths: Sequence[int], have: bytes, rng: Chance, *, patience: float = 30.0) -> None:
         """`lengths`: bytes of each frame by index; `have`: what is held (bitmap, LSB first)."""
-        count = len(lengths)
         self._lengths = lengths
         self._rng = rng
         self._patience = patience
-        everything = blocks_of(b"\xff" * -(-count // 8), count)
-        self._held = blocks_of(have, count) if count else []
-        self._held += [0] * (len(everything) - len(self._held))
-        self._rarity = Rarity([a & ~h for a, h in zip(everything, self._held, strict=True)])
-        self.missing = count - sum(bits.bit_count() for bits in self._held)
-        self._peers: dict[PeerId, _Peer] = {}
+        self._rarity = Rarity(len(lengths), have)
+        self._peers: dict[PeerId, Partner] = {}
         self._shunned: set[PeerId] = set()
-        self._asked: dict[int, list[_Peer]] = {}
-        self._tries: dict[int, _Peer] = {}  # by order: those to look for work for, in this step
-        self._idle: dict[int, _Peer] = {}  # by order: those there was no work for
+        self._asked: dict[int, list[Partner]] = {}
+        self._tries: dict[int, Partner] = {}  # by order: those to look for work for, in this step
+        self._idle: dict[int, Partner] = {}  # by order: those there was no work for
         self._released = 0  # blocks where something became wanted again, in this step
-        self._alarms: list[tuple[float, int, _Peer]] = []
+        self._alarms = Alarms()
         self._look_at = math.inf
         self._twice: set[int] = set()  # asked of an idle peer, too
         self._doubled = 0  # bytes of them, those that are here by now included
@@ -206,8 +174,12 @@ class Swarm:
         self._typical = math.inf  # seconds from an ask to its chunk, over all peers
         self._joins = 0
         self._announced = False
-        self._now = -math.inf
         self._effects: list[Effect] = []
+
+    @property
+    def missing(self) -> int:
+        """How many chunks are not held yet."""
+        return self._rarity.missing
 
     @property
     def complete(self) -> bool:
@@ -218,16 +190,15 @@ class Swarm:
         """When a `Tick` is due; `inf` if nothing is outstanding and nobody rests."""
         if self.complete:
             return math.inf if self._announced else -math.inf
-        return min(self._alarms[0][0] if self._alarms else math.inf, self._look_at)
+        return min(self._alarms.first, self._look_at)
 
     def unavailable(self) -> list[int]:
         """The missing indices that no answering peer has."""
-        return list(indices([self._missing(b) & self._rarity.nowhere(b) for b in range(len(self._held))]))
+        return list(indices(self._rarity.lost()))
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take one event and say what to do."""
         self._effects = []
-        self._now = now
         match event:
             case Arrived(peer, index, size):
                 self._arrived(peer, index, size, now)
@@ -247,7 +218,8 @@ class Swarm:
             case Tick():
                 pass
         if not self.complete:
-            self._wake(now)
+            for waiting in self._alarms.due(now):
+                self._examine(waiting, now)
             self._feed(now)
             self._look(now)
         elif not self._announced:
@@ -261,15 +233,14 @@ class Swarm:
         if id_ in self._shunned:
             return
         have = blocks_of(bitmap, len(self._lengths))
-        have += [0] * (len(self._held) - len(have))
         peer = self._peers.get(id_)
         if peer is None:
             self._joins += 1
-            peer = self._peers[id_] = _Peer(id_, self._joins, have, 0)
+            peer = self._peers[id_] = Partner(id_, self._joins, have)
         else:
             self._uncount(peer)
-            for index, refusals in peer.refusals.items():
-                if refusals >= REFUSALS_MAX:
+            for index in peer.refusals:
+                if peer.hopeless(index):
                     have[index // BLOCK] &= ~(1 << index % BLOCK)
             peer.have = have
             for index in [i for i in peer.asks if not peer.has(i)]:
@@ -283,9 +254,7 @@ class Swarm:
         if peer is None:
             return
         for index in told:
-            if not 0 <= index < len(self._lengths) or peer.has(index):
-                continue
-            if peer.refusals.get(index, 0) >= REFUSALS_MAX:
+            if not 0 <= index < len(self._lengths) or peer.has(index) or peer.hopeless(index):
                 continue
             block, bit = index // BLOCK, 1 << index % BLOCK
             peer.have[block] |= bit
@@ -304,6 +273,7 @@ class Swarm:
         self._uncount(peer)
         self._tries.pop(peer.order, None)
         self._idle.pop(peer.order, None)
+        peer.alarm = math.inf
 
     def _shun(self, id_: PeerId, why: str) -> None:
         if id_ in self._shunned:
@@ -323,7 +293,7 @@ class Swarm:
         if index in peer.asks:
             self._drop(peer, index)
         peer.refusals[index] = peer.refusals.get(index, 0) + 1
-        if peer.refusals[index] >= REFUSALS_MAX and peer.has(index):
+        if peer.hopeless(index) and peer.has(index):
             block, bit = index // BLOCK, 1 << index % BLOCK
             peer.have[block] ^= bit
             if not peer.stalls:
@@ -345,14 +315,9 @@ class Swarm:
             self._tries[peer.order] = peer
         self._hold(index, peer)
 
-    def _hold(self, index: int, by: _Peer | None = None) -> None:
+    def _hold(self, index: int, by: Partner | None = None) -> None:
         """`index` is held; whoever was asked for it, but `by`, need not send it."""
-        block, bit = index // BLOCK, 1 << index % BLOCK
-        if not self._held[block] & bit:
-            self._held[block] |= bit
-            self.missing -= 1
-            if self._rarity.wanted[block] & bit:
-                self._rarity.unwant(block, bit)
+        self._rarity.hold(index)
         for peer in list(self._asked.get(index, ())):
             if peer is by:
                 self._drop(peer, index)
@@ -361,24 +326,16 @@ class Swarm:
 
     # --- who is asked, and who counts ---
 
-    def _missing(self, block: int) -> int:
-        whole = min(BLOCK, len(self._lengths) - block * BLOCK)
-        return self._held[block] ^ ((1 << whole) - 1)
-
-    def _count(self, peer: _Peer) -> None:
+    def _count(self, peer: Partner) -> None:
         """Count what an answering peer has."""
         if not peer.stalls:
-            for block, bits in enumerate(peer.have):
-                if bits:
-                    self._rarity.add(block, bits)
+            self._rarity.add_all(peer.have)
 
-    def _uncount(self, peer: _Peer) -> None:
+    def _uncount(self, peer: Partner) -> None:
         if not peer.stalls:
-            for block, bits in enumerate(peer.have):
-                if bits:
-                    self._rarity.remove(block, bits)
+            self._rarity.remove_all(peer.have)
 
-    def _ask(self, peer: _Peer, index: int, now: float) -> None:
+    def _ask(self, peer: Partner, index: int, now: float) -> None:
         if not peer.asks:
             peer.since = now
             peer.pace.busy(now)
@@ -386,7 +343,7 @@ class Swarm:
         peer.outstanding += self._lengths[index]
         self._asked.setdefault(index, []).append(peer)
 
-    def _drop(self, peer: _Peer, index: int) -> None:
+    def _drop(self, peer: Partner, index: int) -> None:
         """`peer` is no longer asked for `index`; if it is missing, somebody else has to be."""
         del peer.asks[index]
         peer.outstanding -= self._lengths[index]
@@ -395,13 +352,13 @@ class Swarm:
         askers.remove(peer)
         if not askers:
             del self._asked[index]
-        if not self._held[index // BLOCK] >> index % BLOCK & 1:
+        if not self._rarity.holds(index):
             if index in self._twice:
                 self._doubled -= self._lengths[index]
             self._want(index)
         self._twice.discard(index)
 
-    def _withdraw(self, peer: _Peer, index: int) -> None:
+    def _withdraw(self, peer: Partner, index: int) -> None:
         self._effects.append(Withdraw(peer.id, index))
         self._drop(peer, index)
 
@@ -413,48 +370,26 @@ class Swarm:
 
     # --- silence ---
 
-    def _wait(self, peer: _Peer) -> float:
-        """Seconds of silence at which `peer`, asked for something, counts as stalled."""
-        if peer.pace.rate:
-            return peer.pace.wait(self._lengths[next(iter(peer.asks))], self._patience)
-        return min(max(4 * self._typical, WAIT_MIN), max(self._patience, WAIT_MIN))
+    def _silent_until(self, peer: Partner) -> float:
+        """When a peer that is asked for something counts as stalled."""
+        size = self._lengths[next(iter(peer.asks))]
+        return peer.since + peer.wait(size, self._typical, self._patience)
 
-    def _set_alarm(self, peer: _Peer, at: float) -> None:
-        """Look at `peer` at this time or earlier; one that is set for earlier stays.
-
-        Never much later, for what is too long a silence changes with what is known.
-        """
-        at = min(at, self._now + WAIT_MIN)
-        if at < peer.alarm:
-            peer.alarm = at
-            heapq.heappush(self._alarms, (at, peer.order, peer))
-
-    def _wake(self, now: float) -> None:
-        while self._alarms:
-            at, _, peer = self._alarms[0]
-            live = at == peer.alarm and self._peers.get(peer.id) is peer
-            if live and at > now and (peer.asks or peer.rests_until > now):
-                return
-            heapq.heappop(self._alarms)
-            if live:
-                peer.alarm = math.inf
-                self._examine(peer, now)
-
-    def _examine(self, peer: _Peer, now: float) -> None:
+    def _examine(self, peer: Partner, now: float) -> None:
         """See whether a peer is silent for too long, or has rested."""
         if peer.asks:
-            due = max(peer.since + self._wait(peer), peer.rests_until)
+            due = max(self._silent_until(peer), peer.rests_until)
             if due <= now:
                 self._stall(peer, now)
             else:
-                self._set_alarm(peer, due)
+                self._alarms.set(peer, due, now)
         elif peer.stalls:
             if peer.rests_until <= now:
                 self._tries[peer.order] = peer
             else:
-                self._set_alarm(peer, peer.rests_until)
+                self._alarms.set(peer, peer.rests_until, now)
 
-    def _stall(self, peer: _Peer, now: float) -> None:
+    def _stall(self, peer: Partner, now: float) -> None:
         self._uncount(peer)
         peer.stalls += 1
         if peer.stalls > STALLS_MAX and not self._alone(peer):
@@ -466,20 +401,18 @@ class Swarm:
             else:
                 self._want(index)  # and it may still come from here
         peer.rests_until = now + min(REST * 2 ** (peer.stalls - 1), REST_MAX)
-        self._set_alarm(peer, peer.rests_until)
+        self._alarms.set(peer, peer.rests_until, now)
 
-    def _revive(self, peer: _Peer) -> None:
+    def _revive(self, peer: Partner) -> None:
         peer.stalls = 0
         peer.rests_until = -math.inf
         self._count(peer)
         for index in peer.asks:
             self._rarity.unwant(index // BLOCK, 1 << index % BLOCK)
 
-    def _alone(self, peer: _Peer) -> bool:
+    def _alone(self, peer: Partner) -> bool:
         """Whether something missing is claimed by no answering peer, but by this one."""
-        return any(
-            bits & self._missing(block) & self._rarity.nowhere(block) for block, bits in enumerate(peer.have)
-        )
+        return any(bits & lost for bits, lost in zip(peer.have, self._rarity.lost(), strict=True))
 
     # --- what to ask ---
 
@@ -495,15 +428,15 @@ class Swarm:
             asked = self._fill(peer, now)
             if asked:
                 self._effects.append(Ask(peer.id, tuple(asked)))
-                self._set_alarm(peer, peer.since + self._wait(peer))
+                self._alarms.set(peer, self._silent_until(peer), now)
 
-    def _fill(self, peer: _Peer, now: float) -> list[int]:
+    def _fill(self, peer: Partner, now: float) -> list[int]:
         """Fill the room at `peer` with the rarest it has; remember it as idle if there is not enough."""
         self._idle.pop(peer.order, None)
         asked: list[int] = []
         if now < peer.rests_until:
             return asked
-        while self._room(peer):
+        while peer.room:
             block, bits, peer.useful = self._rarity.rarest(peer.have, peer.useful, self._rng)
             if not bits:
                 self._idle[peer.order] = peer
@@ -511,20 +444,14 @@ class Swarm:
             asked += self._take(peer, block, bits, now)
         return asked
 
-    def _room(self, peer: _Peer) -> bool:
-        chunks = len(peer.asks)
-        if peer.stalls or not peer.pace.rate:
-            return not chunks
-        return chunks < CHUNKS_MIN or (chunks < CHUNKS_MAX and peer.outstanding < peer.pace.window)
-
-    def _take(self, peer: _Peer, block: int, bits: int, now: float) -> list[int]:
+    def _take(self, peer: Partner, block: int, bits: int, now: float) -> list[int]:
         """Ask for a run within `bits`: where the last one goes on, or from anywhere."""
         at = peer.next - block * BLOCK
         if not (peer.run and 0 <= at < BLOCK and bits >> at & 1):
             at = nth_bit(bits, self._rng.randrange(bits.bit_count()))
             peer.run = RUN
         taken: list[int] = []
-        while peer.run and bits >> at & 1 and self._room(peer):
+        while peer.run and bits >> at & 1 and peer.room:
             taken.append(block * BLOCK + at)
             self._ask(peer, taken[-1], now)
             at += 1
@@ -548,9 +475,9 @@ class Swarm:
             self._hurry(idle, now)
             self._feed(now)
 
-    def _hurry(self, idle: list[_Peer], now: float) -> None:
+    def _hurry(self, idle: list[Partner], now: float) -> None:
         for remaining, _, slow, index in heapq.nlargest(LOOK_MAX, self._remaining(now)):
-            able = [peer for peer in idle if peer.has(index) and index not in peer.asks and self._room(peer)]
+            able = [peer for peer in idle if peer.has(index) and index not in peer.asks and peer.room]
             if not able:
                 continue
             cost, peer = min(
@@ -571,9 +498,9 @@ class Swarm:
                 continue
             self._ask(peer, index, now)
             self._effects.append(Ask(peer.id, (index,)))
-            self._set_alarm(peer, peer.since + self._wait(peer))
+            self._alarms.set(peer, self._silent_until(peer), now)
 
-    def _remaining(self, now: float) -> Iterator[tuple[float, int, _Peer, int]]:
+    def _remaining(self, now: float) -> Iterator[tuple[float, int, Partner, int]]:
         """(seconds until it is likely to be here, order, peer, index) of what is asked once."""
         order = 0
         for peer in self._peers.values():
@@ -594,7 +521,7 @@ class Swarm:
     def check(self) -> None:
         """Assert every invariant; as slow as it is thorough."""
         self._rarity.check()
-        missing = set(indices([self._missing(block) for block in range(len(self._held))]))
+        missing = {i for i in range(len(self._lengths)) if not self._rarity.holds(i)}
         wanted = set(indices(self._rarity.wanted))
         assert self.missing == len(missing)
         busy = {i for i, askers in self._asked.items() if any(not p.stalls for p in askers)}

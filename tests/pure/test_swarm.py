@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from p2pgrid.ids import PeerId
 from p2pgrid.machine import Tick
 from p2pgrid.transfer.pace import CHUNKS_MAX
+from p2pgrid.transfer.partner import REFUSALS_MAX
 from p2pgrid.transfer.swarm import (
-    REFUSALS_MAX,
     Arrived,
     Ask,
     Completed,
