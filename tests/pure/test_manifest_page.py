@@ -1,0 +1,121 @@
+"""Do the vectors on `docs/protocols/manifest.md` say what the code does?  They are read from the page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from nacl.signing import SigningKey
+
+from p2pgrid.dht.frame import expand
+from p2pgrid.dht.manifest import (
+    CHUNK_SIZE,
+    FRAME_MAX,
+    LITERAL_MAX,
+    OBJECT_MAX,
+    PAGE_SPAN,
+    Content,
+    Disk,
+    File,
+    Guest,
+    Literal,
+    Pack,
+    Recipe,
+    Tree,
+    Zeros,
+    decode_page,
+    decode_segments,
+    encode_frames,
+    encode_page,
+    encode_segments,
+    read_frames,
+    read_layout,
+    signed,
+    verified,
+)
+from p2pgrid.errors import BadObject
+from p2pgrid.ids import Cid, digest
+
+PAGE = (Path(__file__).parents[2] / "docs/protocols/manifest.md").read_text()
+KEY = SigningKey(bytes(range(32)))
+FIRST, LAST = b"A" * CHUNK_SIZE, b"p2pgrid\n"
+SIZE = 2 * CHUNK_SIZE + len(LAST)
+
+
+def blocks(kind: str) -> list[list[str]]:
+    return [body.splitlines() for body in re.findall(rf"```{kind}\n(.*?)\n```", PAGE, re.DOTALL)]
+
+
+VECTORS = {
+    head.removeprefix("kind "): (Cid.parse(name.removeprefix("name ")), bytes.fromhex("".join(rest)))
+    for head, name, *rest in blocks("vector")
+}
+OBJECTS = dict(VECTORS.values())
+FRAMES = [bytes.fromhex("".join(rest)) for _, _, _, *rest in blocks("frame")]
+
+
+def link(kind: str) -> Cid:
+    return VECTORS[kind][0]
+
+
+def test_every_kind_has_a_vector_and_its_name_holds():
+    kinds = {"content", "page", "pack", "frames", "recipe", "segments", "disk", "tree"}
+    assert VECTORS.keys() == kinds
+    for cid, data in VECTORS.values():
+        assert verified(cid, data) == data
+
+
+def test_writing_gives_the_bytes_on_the_page():
+    made = {
+        "page": encode_page([digest(FIRST), None, digest(LAST)]),
+        "content": Content(SIZE, CHUNK_SIZE, (link("page"),)).encode(),
+        "frames": encode_frames([len(f) for f in FRAMES], [digest(f) for f in FRAMES]),
+        "pack": signed(Pack(link("content"), 2, (link("frames"),), b""), KEY).encode(),
+        "segments": encode_segments([Literal(b"head"), Guest(0, SIZE), Zeros(500)]),
+        "recipe": Recipe("vdi", True, SIZE + 504, (link("segments"),)).encode(),
+        "disk": signed(Disk(link("content"), link("pack"), link("recipe"), b""), KEY).encode(),
+        "tree": signed(Tree((File("a/big", 2 * CHUNK_SIZE, False), File("run.sh", 8, True)),
+                            link("content"), link("pack"), b""), KEY).encode(),
+    }  # fmt: skip
+    assert {kind: data.hex() for kind, data in made.items()} == {k: d.hex() for k, (_, d) in VECTORS.items()}
+
+
+def test_reading_gives_what_the_page_says():
+    disk = Disk.decode(OBJECTS[link("disk")])
+    layout = read_layout(disk.content, OBJECTS.__getitem__)
+    assert layout.names == [digest(FIRST), None, digest(LAST)]
+    assert layout.names == decode_page(OBJECTS[link("page")], 3)
+    pack = Pack.decode(OBJECTS[disk.pack])
+    frames = read_frames(pack, OBJECTS.__getitem__)
+    assert frames.digests == tuple(digest(f) for f in FRAMES)
+    assert frames.lengths == tuple(map(len, FRAMES))
+    recipe = Recipe.decode(OBJECTS[disk.recipe])
+    assert decode_segments(OBJECTS[recipe.pages[0]]) == [Literal(b"head"), Guest(0, SIZE), Zeros(500)]
+    assert Tree.decode(OBJECTS[link("tree")]).files[1] == File("run.sh", 8, True)
+
+
+def test_the_frames_on_the_page_are_the_chunks():
+    heads = [(name.split()[1], digested.split()[1]) for _, name, digested, *_ in blocks("frame")]
+    for (name, frame_digest), frame, plain in zip(heads, FRAMES, (FIRST, LAST), strict=True):
+        assert expand(frame, CHUNK_SIZE) == plain
+        assert Cid.parse(name).digest == digest(plain)
+        assert frame_digest == digest(frame).hex()
+
+
+REFUSED = [line.split("  ", 1) for (lines) in blocks("refused") for line in lines]
+
+
+def test_there_are_objects_to_refuse():
+    assert len(REFUSED) >= 14
+
+
+@pytest.mark.parametrize(("data", "why"), REFUSED, ids=[why for _, why in REFUSED])
+def test_what_the_page_refuses_is_refused(data, why):
+    with pytest.raises(BadObject):
+        Content.decode(bytes.fromhex(data))
+
+
+@pytest.mark.parametrize("bound", [CHUNK_SIZE, PAGE_SPAN, OBJECT_MAX, FRAME_MAX, LITERAL_MAX])
+def test_the_bounds_on_the_page_are_ours(bound):
+    assert str(bound) in PAGE.replace(",", "")
