@@ -1,0 +1,176 @@
+"""Speak with a person at a terminal: bars, tables, JSON, errors, and the exit code.
+
+Rules: what a program may want to read goes to stdout, everything else to stderr.  With
+`--json` stdout holds one JSON document and nothing more.  Without a terminal a bar is a
+line every five seconds.  Exit codes: `docs/reference/exit-codes.md`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from p2pgrid.errors import GridError, Misused
+from p2pgrid.node.api import Told
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+SCHEMA = 1
+LINE_PERIOD = 5.0
+"""Seconds between progress lines where stderr is not a terminal."""
+
+
+def default_home() -> Path:
+    """`P2PGRID_HOME`, or `p2pgrid` in the user's data folder (XDG)."""
+    named = os.environ.get("P2PGRID_HOME")
+    if named:
+        return Path(named).absolute()
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(data).absolute() / "p2pgrid"
+
+
+def run_app(app: App, name: str, version: str) -> int:
+    """Run the command that `sys.argv` names; errors become one sentence and an exit code."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"{name} {version}")
+        return 0
+    from cyclopts import CycloptsError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
+    try:
+        result = app(exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        complain(str(error).strip(), f"see `{name} --help`")
+        return 2
+    except Told as told:
+        complain(str(told), told.hint)
+        return told.code
+    except GridError as error:
+        complain(str(error), error.advice)
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def complain(what: str, advice: str = "") -> None:
+    """One sentence on stderr, and what to do about it."""
+    print(f"error: {what}" + (f"\n  {advice}" if advice else ""), file=sys.stderr)
+
+
+def say(text: str) -> None:
+    """A remark for people: stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(value: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], str]) -> None:
+    """`value` on stdout: as versioned JSON, or as `human` puts it."""
+    print(json.dumps({"schema": SCHEMA, **value}, indent=2) if as_json else human(value), flush=True)
+
+
+def table(rows: Sequence[Sequence[Any]], *headings: str) -> str:
+    """Left-aligned columns under their headings."""
+    cells = [headings, *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """'512M', '1.5GiB', '4096' in bytes; units are powers of 1024.  Raises `Misused`."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise Misused(why=f"{text!r} is not a size; write 512M or 1.5GiB")
+    return int(
+        float(match[1]) * 1024 ** "KMGT".find(match[2].upper()) * 1024 if match[2] else float(match[1])
+    )
+
+
+def parse_duration(text: str) -> float:
+    """'90s', '2h', '1.5d', '30' in seconds.  Raises `Misused`."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise Misused(why=f"{text!r} is not a duration; write 90s, 15m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
+
+
+class Bars:
+    """Progress of named things: bars on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._rich: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._said: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._rich = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=False,
+            )
+            self._rich.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rich:
+            self._rich.stop()
+
+    def show(self, what: str, done: float, total: float, note: str = "") -> None:
+        """`what` stands at `done` of `total`."""
+        if self._rich:
+            if what not in self._tasks:
+                self._tasks[what] = self._rich.add_task(what, total=total or 1, note=note)
+            self._rich.update(self._tasks[what], completed=done if total else 1, total=total or 1, note=note)
+        elif not self._quiet:
+            now = time.monotonic()
+            last = self._said.get(what)
+            finished = done >= total
+            if last is None or now - last >= LINE_PERIOD or (finished and last != float("inf")):
+                if last != float("inf"):
+                    share = 100 * done / total if total else 100
+                    say(f"{what}: {share:.0f} % {note}".rstrip())
+                self._said[what] = float("inf") if finished else now
+
+
+@contextlib.contextmanager
+def unless_interrupted(undo: Callable[[], None]) -> Iterator[None]:
+    """Call `undo` when the person presses Ctrl-C inside the block; then pass it on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        undo()
+        raise

@@ -1,0 +1,307 @@
+"""Be a daemon: open the rooms in order, run the stories of its roles, close all of it again.
+
+    identity, store ─> host ─> index ─> exchange ─> coordinator's own service, or its client
+                                          └─> beats · leases · local API      until told to stop
+
+Run as `python -m p2pgrid.node.daemon HOME`; `launch.py` starts it so, and the foreground
+commands call `run_stored`.  The word "ready" (or why not) goes to `--ready-fd` as one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import structlog
+import trio
+
+from p2pgrid.dht.index import open_index
+from p2pgrid.dht.store import Store
+from p2pgrid.errors import GridError, Misconfigured, Temporary, Unreachable
+from p2pgrid.hole_punch.host import Host, open_host
+from p2pgrid.ids import PeerId
+from p2pgrid.node import disks, jobs
+from p2pgrid.node.api import Op, Tell, daemon_runs, failure, leaves, serve_api
+from p2pgrid.node.config import TICKET, Config
+from p2pgrid.node.console import say
+from p2pgrid.node.grid import make_ticket, open_grid
+from p2pgrid.node.holdings import keep_holding
+from p2pgrid.node.identity import Identity
+from p2pgrid.node.node import Node
+from p2pgrid.node.ticket import read_ticket
+from p2pgrid.node.worker import sweep, work
+from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.client import Calls, Coordinator
+from p2pgrid.transfer.exchange import open_exchange
+from p2pgrid.vm.probe import find_qemu
+from p2pgrid.vm.qemu import Qemu
+from p2pgrid.vm.template import cache_folder
+
+log = structlog.get_logger()
+
+PR_SET_PDEATHSIG = 1
+JOIN_TRIES = 3
+
+
+def run_here(home: Path, *, roles: tuple[str, ...], listen: str, ledger: str | None) -> int:
+    """Run in the foreground with these roles; what was set up before keeps its name and port."""
+    before = Config.load(home)
+    config = Config(roles=roles, listen=listen, ledger=ledger)
+    if before is not None and before.coordinator is not None:
+        raise Misconfigured(why=f"{home} belongs to a node of another grid; use another --data-dir")
+    config.save(home)
+    return run_stored(home)
+
+
+def run_stored(home: Path) -> int:
+    """Run in the foreground as `home` is set up, until SIGINT or SIGTERM."""
+    _log_to_stderr()
+
+    def ready(node: Node) -> None:
+        say(f"ready: {node.config.name} ({', '.join(node.roles)}), {node.network.me}")
+        for address in node.network.addresses:
+            say(f"  {address}")
+
+    trio.run(_until_signalled, home, ready)
+    return 0
+
+
+def main() -> int:
+    """The detached daemon: its words go to the log, its readiness to a pipe."""
+    parser = argparse.ArgumentParser(prog="p2pgrid daemon")
+    parser.add_argument("home", type=Path)
+    parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("--with-parent", action="store_true")
+    asked = parser.parse_args()
+    if asked.with_parent:
+        _die_with_parent()
+    _log_to_stderr()
+
+    def word(said: dict[str, Any]) -> None:
+        if asked.ready_fd is not None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(asked.ready_fd, json.dumps(said).encode() + b"\n")
+            os.close(asked.ready_fd)
+            asked.ready_fd = None
+
+    code = 0
+    try:
+        trio.run(_until_signalled, asked.home, lambda node: word({"ready": node.network.me}))
+    except* GridError as group:
+        first = next(e for e in leaves(group) if isinstance(e, GridError))
+        log.error("the daemon ends", why=str(first))
+        word(failure(first))
+        code = first.exit_code
+    return code
+
+
+def _die_with_parent() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getppid()
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent or parent == 1:
+        sys.exit("the parent was gone already")
+
+
+def _log_to_stderr() -> None:
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(
+                key_order=["timestamp", "level", "event"], bool_as_flag=False
+            ),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(20),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+async def _until_signalled(home: Path, ready: Any) -> None:
+    """The daemon's whole life; SIGINT and SIGTERM end it in good order."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                async for number in signals:
+                    log.info("stopping", signal=signal.Signals(number).name)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(listen)
+            async with open_node(home) as node:
+                ready(node)
+                await node.stopping.wait()
+            nursery.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def open_node(home: Path) -> AsyncIterator[Node]:
+    """A node as `home` is set up, joined to its grid and at work until the block is left."""
+    config = Config.load(home)
+    if config is None:
+        raise Misconfigured(why=f"{home} is not set up; join a grid or start a coordinator first")
+    if daemon_runs(home):
+        raise Misconfigured(why=f"a daemon runs on {home} already")
+    sweep(home)
+    identity = Identity.load_or_create(home)
+    async with contextlib.AsyncExitStack() as rooms:
+        store = rooms.enter_context(Store(home / "store", config.quota))
+        host = await rooms.enter_async_context(open_host(identity.seed, [config.multiaddr]))
+        grid = PeerId(config.coordinator) if config.coordinator else host.me
+        host.learn(grid, config.addresses)
+        index = await rooms.enter_async_context(
+            open_index(host, "server" if grid == host.me else "client", [grid])
+        )
+        exchange = await rooms.enter_async_context(open_exchange(host, index, store, [(config.host, 0)]))
+        calls: Calls = (
+            await rooms.enter_async_context(open_grid(home, config, host))
+            if grid == host.me
+            else Coordinator(host, grid)
+        )
+        roles = await _join(home, config, host, calls)
+        node = Node(home, config, identity, host, index, store, exchange, calls, grid, roles)
+        _keep_port(home, config, host)
+        nursery = await rooms.enter_async_context(trio.open_nursery())
+        nursery.start_soon(keep_holding, node)
+        if "worker" in roles:
+            find_qemu()
+            nursery.start_soon(work, node, Qemu(cache_folder()))
+        await rooms.enter_async_context(serve_api(home, _ops(node)))
+        for held in store.held():
+            if held.chunks == held.chunks_total:
+                nursery.start_soon(node.announce, str(held.datum))
+        yield node
+        nursery.cancel_scope.cancel()
+
+
+async def _join(home: Path, config: Config, host: Host, calls: Calls) -> tuple[str, ...]:
+    """Become a member, or say that we are back; a member starts without the coordinator, too."""
+    if config.coordinator is None:
+        await calls.join("", config.name, config.shares, tuple(host.addresses))
+        return config.roles
+    secret = home / TICKET
+    token = read_ticket(secret.read_text()).token if secret.exists() else ""
+    for attempt in range(JOIN_TRIES):
+        try:
+            welcome = await calls.join(token, config.name, config.shares, tuple(host.addresses))
+        except (Unreachable, Temporary):
+            if attempt + 1 < JOIN_TRIES:
+                await trio.sleep(1 + attempt)
+            elif token:
+                raise
+        else:
+            secret.unlink(missing_ok=True)
+            attrs.evolve(config, roles=tuple(welcome.roles)).save(home)
+            return tuple(welcome.roles)
+    log.warning("the coordinator is away; starting without it")
+    return config.roles
+
+
+def _keep_port(home: Path, config: Config, host: Host) -> None:
+    """Write down the port that the system chose: members find us there after a restart."""
+    stored = Config.load(home) or config
+    if stored.listen.endswith(":0"):
+        port = host.addresses[0].split("/tcp/")[1].split("/")[0]
+        attrs.evolve(stored, listen=stored.listen.removesuffix("0") + port).save(home)
+
+
+def _ops(node: Node) -> dict[str, Op]:
+    """What the command line may ask of this daemon."""
+
+    def bound(op: Any) -> Op:
+        async def ask(args: dict[str, Any], tell: Tell) -> Any:
+            return await op(node, args, tell)
+
+        return ask
+
+    table: dict[str, Any] = {
+        "status": _status,
+        "stop": _stop,
+        "leave": _leave,
+        "node_ls": _nodes,
+        "put": disks.put,
+        "get": disks.get,
+        "disk_ls": disks.ls,
+        "disk_show": disks.show,
+        "disk_verify": disks.verify,
+        "disk_rm": disks.rm,
+        "submit": jobs.submit,
+        "job_ls": jobs.ls,
+        "job_show": jobs.show,
+        "job_wait": jobs.wait,
+        "job_cancel": jobs.cancel,
+        "job_results": jobs.results,
+        "job_logs": jobs.logs,
+    }
+    if node.grid == node.network.me:
+        table["token_create"] = _token
+    return {name: bound(op) for name, op in table.items()}
+
+
+async def _status(node: Node, args: dict[str, Any], tell: Tell) -> Any:
+    held = await trio.to_thread.run_sync(node.store.held)
+    return {
+        "pid": os.getpid(),
+        "peer": node.network.me,
+        "name": node.config.name,
+        "roles": list(node.roles),
+        "grid": node.grid,
+        "connected": node.connected or node.grid == node.network.me,
+        "addresses": list(node.network.addresses),
+        "running": [f"{r.task} ({r.note})" for r in node.running.values()],
+        "received": dict(node.received),
+        "served": dict(node.exchange.served),
+        "holds": [
+            {"datum": str(h.datum), "chunks": h.chunks, "total": h.chunks_total, "bytes": h.bytes}
+            for h in held
+        ],
+    }
+
+
+async def _stop(node: Node, args: dict[str, Any], tell: Tell) -> Any:
+    node.stopping.set()
+    return {}
+
+
+async def _leave(node: Node, args: dict[str, Any], tell: Tell) -> Any:
+    with contextlib.suppress(Unreachable):
+        await node.coordinator.leave()
+    return {}
+
+
+async def _nodes(node: Node, args: dict[str, Any], tell: Tell) -> Any:
+    return {"nodes": [_row(n) for n in await node.coordinator.nodes()]}
+
+
+def _row(view: m.NodeView) -> dict[str, Any]:
+    return {
+        "peer": view.peer,
+        "name": view.name,
+        "roles": list(view.roles),
+        "state": "online" if view.online else "away",
+        "age": view.age,
+        "shares": list(view.shares),
+        "running": len(view.running),
+        "slots": view.total.slots,
+        "holds": view.holds,
+        "status": view.status,
+    }
+
+
+async def _token(node: Node, args: dict[str, Any], tell: Tell) -> Any:
+    return make_ticket(node.home, node.network, args["role"], args["uses"], args["expires"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Answer what a person asks about disks: put, get, list, show, verify, remove."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from p2pgrid.dht.manifest import CHUNK_SIZE, Content, Disk, Recipe, read_layout
+from p2pgrid.dht.publish import publish_disk
+from p2pgrid.dht.restore import restore_disk
+from p2pgrid.dht.shelf import Shelf
+from p2pgrid.errors import GridError, NotFound, Refused
+from p2pgrid.ids import Cid
+from p2pgrid.node.api import Tell
+from p2pgrid.node.node import STALL_PATIENCE, Node
+from p2pgrid.scheduler import messages as m
+from p2pgrid.transfer.exchange import Progress
+
+NEWS_PERIOD = 0.2
+"""Seconds between two progress events."""
+
+Args = dict[str, Any]
+
+
+class Ticker:
+    """Carry progress from a thread (or a callback) to whoever asked, a few times a second.
+
+    Leaving the block cancels the thread's work at its next report.
+    """
+
+    def __init__(self, tell: Tell, phase: str) -> None:
+        self._tell = tell
+        self._phase = phase
+        self._now: dict[str, Any] = {"phase": phase, "done": 0, "total": 1}
+        self._gone = threading.Event()
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        self._now = {"phase": self._phase, "done": done, "total": total, "note": note}
+        if self._gone.is_set():
+            raise Refused(why="whoever asked has gone")
+
+    def fetched(self, progress: Progress) -> None:
+        """The same for a fetch."""
+        note = f"from {len(progress.bytes_by_peer)} peer(s)"
+        if progress.stalled_for > 10:
+            note = (
+                f"stalled for {progress.stalled_for:.0f} s: nobody has {progress.unavailable} of the chunks"
+            )
+        self(progress.bytes_done, progress.bytes_total, note)
+
+    async def run(self, work: Callable[[], Any]) -> Any:
+        """Run `work` in a thread, telling how far it is."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report)
+            result = await trio.to_thread.run_sync(work)
+            nursery.cancel_scope.cancel()
+        await self._tell({**self._now, "done": self._now["total"]})
+        return result
+
+    async def _report(self) -> None:
+        try:
+            while True:
+                await self._tell(self._now)
+                await trio.sleep(NEWS_PERIOD)
+        finally:
+            self._gone.set()
+
+
+async def put(node: Node, args: Args, tell: Tell) -> Any:
+    """Cut a disk image into the store, make it known, and seed it."""
+    path = Path(args["path"])
+    ticker = Ticker(tell, "cutting")
+    done = await ticker.run(lambda: publish_disk(node.store, path, node.identity.signing_key, ticker))
+    disk = Disk.decode(node.store.get_object(done.datum))
+    recipe = Recipe.decode(node.store.get_object(disk.recipe))
+    name = args.get("name") or path.name
+    record = m.DatumRecord(
+        datum=str(done.datum),
+        kind="disk",
+        content=str(done.content),
+        name=name,
+        format=recipe.format,
+        size=done.size,
+        unique_bytes=done.unique_bytes,
+        wire_bytes=done.wire_bytes,
+        replica=args.get("replica", 1),
+    )
+    await node.coordinator.put(record)
+    await node.announce(record.datum)
+    if args.get("wait"):
+        await _until_placed(node, record, tell)
+    return {
+        "disk": record.datum,
+        "content": record.content,
+        "name": name,
+        "size": done.size,
+        "chunks": done.chunks,
+        "holes": done.holes,
+        "unique_bytes": done.unique_bytes,
+        "wire_bytes": done.wire_bytes,
+        "format": recipe.format,
+        "exact": recipe.exact,
+        "seconds": done.seconds,
+    }
+
+
+async def _until_placed(node: Node, record: m.DatumRecord, tell: Tell) -> None:
+    """Wait until as many nodes hold the disk as were wished for."""
+    while True:
+        view = await node.coordinator.datum(record.datum)
+        wished = record.replica
+        if wished < 0:
+            wished = sum(1 for n in await node.coordinator.nodes() if n.online and "worker" in n.roles)
+        await tell({"phase": "placing", "done": min(view.owners_count, wished), "total": max(1, wished)})
+        if view.owners_count >= wished:
+            return
+        await trio.sleep(1)
+
+
+async def get(node: Node, args: Args, tell: Tell) -> Any:
+    """Write a disk to a file, fetching what is not here."""
+    shelf, cid = await _here(node, args["disk"], tell)
+    out, ticker = Path(args["out"]), Ticker(tell, "writing")
+    done = await ticker.run(lambda: restore_disk(node.store, cid, out, args.get("format"), ticker))
+    return {
+        "disk": str(cid),
+        "path": str(out),
+        "format": done.format,
+        "exact": done.exact,
+        "bytes": (await trio.Path(out).stat()).st_size,
+        "size": shelf.layout.content.size,
+    }
+
+
+async def _here(node: Node, which: str, tell: Tell) -> tuple[Shelf, Cid]:
+    """The disk's shelf, complete.  A CID needs no coordinator: the index finds who has it."""
+    cid = await _cid(node, which)
+    if not node.complete(str(cid)):
+        ticker = Ticker(tell, "fetching")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ticker._report)
+            await node.fetch(str(cid), await node.providers(str(cid)), ticker.fetched)
+            nursery.cancel_scope.cancel()
+    return await trio.to_thread.run_sync(node.store.begin, cid), cid
+
+
+async def _cid(node: Node, which: str) -> Cid:
+    try:
+        return Cid.parse(which)
+    except GridError:
+        return Cid.parse((await node.resolve(which)).record.datum)
+
+
+async def ls(node: Node, args: Args, tell: Tell) -> Any:
+    """Every disk of the grid that this node may see, and how much of each is here."""
+    held = {str(h.datum): h for h in await trio.to_thread.run_sync(node.store.held)}
+    rows = []
+    for view in await node.coordinator.data():
+        record, here = view.record, held.get(view.record.datum)
+        if record.kind == "disk":
+            rows.append({
+                "disk": record.datum,
+                "content": record.content,
+                "name": record.name,
+                "size": record.size,
+                "wire_bytes": record.wire_bytes,
+                "holders": view.owners_count,
+                "held": here.chunks if here else 0,
+                "frames": here.chunks_total if here else 0,
+            })  # fmt: skip
+    return {"disks": rows}
+
+
+async def show(node: Node, args: Args, tell: Tell) -> Any:
+    """One disk: its chunks, and who holds it."""
+    view = await node.resolve(args["disk"])
+    cid = Cid.parse(view.record.datum)
+    if not await trio.to_thread.run_sync(node.store.has_object, cid):
+        return _brief(view)
+    disk = Disk.decode(node.store.get_object(cid))
+    content = Content.decode(node.store.get_object(disk.content))
+    recipe = Recipe.decode(node.store.get_object(disk.recipe))
+    layout = await trio.to_thread.run_sync(read_layout, disk.content, node.store.get_object)
+    here = next((h for h in node.store.held() if h.datum == cid), None)
+    names = {n.peer: n.name for n in await node.coordinator.nodes()}
+    return {
+        "disk": str(cid),
+        "content": str(disk.content),
+        "name": view.record.name,
+        "size": content.size,
+        "format": recipe.format,
+        "exact": recipe.exact,
+        "chunk_size": content.chunk_size,
+        "chunks": content.positions - layout.holes,
+        "holes": layout.holes,
+        "frames": len(layout.frames),
+        "held": here.chunks if here else 0,
+        "wire_bytes": view.record.wire_bytes,
+        "holders": [{"peer": p, "name": names.get(p, "")} for p in view.owners],
+    }
+
+
+def _brief(view: m.DatumView) -> dict[str, Any]:
+    """What the coordinator knows of a disk of which nothing is here."""
+    record = view.record
+    return {
+        "disk": record.datum,
+        "content": record.content,
+        "name": record.name,
+        "size": record.size,
+        "format": record.format,
+        "exact": None,
+        "chunk_size": CHUNK_SIZE,
+        "chunks": None,
+        "holes": None,
+        "frames": None,
+        "held": 0,
+        "wire_bytes": record.wire_bytes,
+        "holders": [{"peer": p, "name": ""} for p in view.owners],
+    }
+
+
+async def verify(node: Node, args: Args, tell: Tell) -> Any:
+    """Hash every chunk of a disk held here; fetch what is bad again."""
+    view = await node.resolve(args["disk"])
+    datum = view.record.datum
+    if not any(str(h.datum) == datum for h in node.store.held()):
+        raise NotFound(what=f"a chunk of {view.record.name} on this node")
+    shelf = await trio.to_thread.run_sync(node.store.begin, Cid.parse(datum))
+    ticker = Ticker(tell, "verifying")
+    bad: list[int] = await ticker.run(lambda: shelf.verify(ticker))
+    checked = shelf.count + len(bad)
+    if bad and args.get("repair", True):
+        await tell({"phase": "repairing", "done": 0, "total": len(bad)})
+        with trio.move_on_after(STALL_PATIENCE / 10):
+            await node.fetch(datum, await node.providers(datum))
+        await tell({"phase": "repairing", "done": len(bad), "total": len(bad)})
+    return {
+        "disk": datum,
+        "name": view.record.name,
+        "checked": checked,
+        "bad": len(bad),
+        "repaired": sum(shelf.holds(i) for i in bad),
+    }
+
+
+async def rm(node: Node, args: Args, tell: Tell) -> Any:
+    """Forget a disk: this node drops it now, the others when they next beat."""
+    view = await node.resolve(args["disk"])
+    await node.coordinator.forget(view.record.datum)
+    await trio.to_thread.run_sync(node.store.drop, Cid.parse(view.record.datum))
+    return {"disk": view.record.datum, "name": view.record.name}

@@ -1,0 +1,221 @@
+"""Answer what a person asks about jobs: submit, list, watch, cancel, bring results home."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import attrs
+import trio
+
+from p2pgrid.dht.manifest import Tree, safe_path
+from p2pgrid.dht.publish import publish_tree
+from p2pgrid.dht.restore import restore_tree
+from p2pgrid.errors import Conflict, Misused, NotFound, Temporary, TimedOut, Unreachable, WorldError
+from p2pgrid.ids import Cid, readable_id
+from p2pgrid.node.api import Tell
+from p2pgrid.node.disks import Args
+from p2pgrid.node.holdings import backoff
+from p2pgrid.node.node import STALL_PATIENCE, Node
+from p2pgrid.node.worker import OWN
+from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.job import FINAL, JobSpec
+
+WATCH = 20.0
+"""Seconds that one watch may wait at the coordinator."""
+SCRIPT = "context.sh"
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class NoScript(WorldError):
+    """The job's script is not there or cannot be read."""
+
+    exit_code: ClassVar[int] = 127
+    path: str
+
+
+async def submit(node: Node, args: Args, tell: Tell) -> Any:
+    """Make script and inputs a datum, and a job of it."""
+    disk = await node.resolve(args["disk"])
+    async with node.scratchpad() as folder:
+        await trio.to_thread.run_sync(_stage, folder, Path(args["script"]), [Path(p) for p in args["inputs"]])
+        made = await trio.to_thread.run_sync(publish_tree, node.store, folder, node.identity.signing_key)
+    inputs = m.DatumRecord(
+        datum=str(made.datum),
+        kind="tree",
+        content=str(made.content) if made.content else None,
+        size=made.size,
+        wire_bytes=made.wire_bytes,
+    )
+    await node.coordinator.put(inputs)
+    await node.announce(inputs.datum)
+    spec = JobSpec(
+        disk=disk.record.datum,
+        inputs=inputs.datum,
+        name=args["name"],
+        array=tuple(args["array"]),
+        memory=args["memory"],
+        cpus=args["cpus"],
+        time_limit=args["time_limit"],
+        scratch=args["scratch"],
+        needs=tuple(args["needs"]),
+    )
+    key = readable_id(secrets.token_bytes(7))
+    failures = 0
+    while True:  # the key makes it one job, however often it is said
+        try:
+            job = await node.coordinator.submit(spec, key)
+            return {"job": job, "disk": spec.disk, "disk_name": disk.record.name}
+        except (Unreachable, Temporary):
+            if failures == 5:
+                raise
+            await trio.sleep(backoff(failures))
+            failures += 1
+
+
+def _stage(folder: Path, script: Path, inputs: list[Path]) -> None:
+    """Lay out the context disk's files: the script, and each input under its own name."""
+    try:
+        shutil.copyfile(script, folder / SCRIPT)
+    except OSError as gone:
+        raise NoScript(path=f"{script}: {gone.strerror}") from None
+    (folder / SCRIPT).chmod(0o755)
+    for source in inputs:
+        target = folder / source.name
+        if target.exists() or source.name == "p2pgrid.env":
+            raise Conflict(what=f"an input called {source.name!r}")
+        if not safe_path(source.name):
+            raise Misused(why=f"{source.name!r} cannot be the name of an input")
+        try:
+            if source.is_dir():
+                shutil.copytree(source, target)
+            else:
+                shutil.copy(source, target)
+        except (OSError, shutil.Error) as gone:
+            raise NotFound(what=f"the input {source}: {gone}") from None
+
+
+async def ls(node: Node, args: Args, tell: Tell) -> Any:
+    """All jobs that this node may see."""
+    rows = await node.coordinator.jobs()
+    return {
+        "jobs": [
+            {"job": j.job, "name": j.name, "disk": j.disk, "state": j.state, "counts": dict(j.counts)}
+            for j in rows
+        ]
+    }
+
+
+async def show(node: Node, args: Args, tell: Tell) -> Any:
+    """One job with its tasks."""
+    return _view(await node.coordinator.job(args["job"]))
+
+
+def _view(job: m.JobView) -> dict[str, Any]:
+    return {
+        "job": job.job,
+        "name": job.spec.name,
+        "disk": job.spec.disk,
+        "state": job.state,
+        "counts": dict(job.counts),
+        "why": job.why,
+        "tasks": [
+            {
+                "index": t.index,
+                "state": t.state,
+                "node": t.node_name or t.node,
+                "exit": t.outcome.exit if t.outcome else None,
+                "attempts": t.attempts + t.lost + (1 if t.epoch else 0),
+                "reason": t.note or (t.outcome.why if t.outcome and t.outcome.why != "off" else ""),
+                "seconds": t.outcome.seconds if t.outcome else None,
+                "timings": t.outcome.timings if t.outcome else {},
+                "sources": t.outcome.sources if t.outcome else {},
+                "result": t.outcome.result.datum if t.outcome and t.outcome.result else None,
+            }
+            for t in job.tasks
+        ],
+    }
+
+
+async def wait(node: Node, args: Args, tell: Tell) -> Any:
+    """Tell how a job goes until every task is final, whatever becomes of the coordinator meanwhile."""
+    patience = args.get("patience")
+    with trio.move_on_after(float("inf") if patience is None else patience):
+        version = failures = 0
+        notes: dict[int, str] = {}
+        while True:
+            try:
+                view = await node.coordinator.watch(args["job"], version, WATCH if version else 0.0)
+                version, failures = view.version, 0
+            except (Unreachable, Temporary):
+                await trio.sleep(backoff(failures))
+                failures += 1
+                continue
+            notes |= {t.index: t.note or t.state for t in view.tasks}
+            done = sum(n for state, n in view.counts.items() if state in FINAL)
+            await tell(
+                {"phase": "job", "done": done, "total": len(view.spec.array), "note": _note(view, notes)}
+            )
+            if view.state in FINAL:
+                return _view(await node.coordinator.job(args["job"]))
+    raise TimedOut(what=f"job {args['job']}")
+
+
+def _note(view: m.JobView, notes: dict[int, str]) -> str:
+    states = ", ".join(f"{n} {state}" for state, n in view.counts.items() if n)
+    busy = Counter(note for note in notes.values() if note not in FINAL and note not in view.counts)
+    return f"{states}; {busy.most_common(1)[0][0]}" if busy else f"{states}; {view.why}".rstrip("; ")
+
+
+async def cancel(node: Node, args: Args, tell: Tell) -> Any:
+    """End what has not ended."""
+    await node.coordinator.cancel(args["job"])
+    return _view(await node.coordinator.job(args["job"]))
+
+
+async def results(node: Node, args: Args, tell: Tell) -> Any:
+    """Write every result that there is to a folder, one sub-folder a task."""
+    out = Path(args["out"])
+    view = await node.coordinator.job(args["job"])
+    tasks = files = total = 0
+    for task in view.tasks:
+        result = task.outcome.result if task.outcome else None
+        if result is None:
+            continue
+        target = out / str(task.index)
+        if target.exists():
+            raise Conflict(what=f"{target}; name another folder with -o")
+        tree = await _tree(node, result.datum)
+        os.makedirs(out, exist_ok=True)
+        await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(result.datum), target)
+        tasks += 1
+        files += sum(1 for f in tree.files if not f.path.startswith(OWN + "/"))
+        total += sum(f.size for f in tree.files)
+    return {"folder": str(out), "tasks": tasks, "files": files, "bytes": total}
+
+
+async def _tree(node: Node, datum: str) -> Tree:
+    """A result tree, complete in this store."""
+    if not node.complete(datum):
+        await node.fetch(datum, await node.providers(datum), patience=STALL_PATIENCE)
+    return Tree.decode(node.store.get_object(Cid.parse(datum)))
+
+
+async def logs(node: Node, args: Args, tell: Tell) -> Any:
+    """The console of a task that has ended."""
+    view = await node.coordinator.job(args["job"])
+    task = next((t for t in view.tasks if t.index == args["index"]), None)
+    if task is None:
+        raise NotFound(what=f"a task {args['index']} of job {args['job']}")
+    if task.outcome is None or task.outcome.result is None:
+        raise NotFound(what=f"a console of task {args['index']}: it is {task.state} {task.note}".rstrip())
+    datum = task.outcome.result.datum
+    await _tree(node, datum)
+    async with node.scratchpad() as folder:
+        await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(datum), folder / "tree")
+        console = (folder / "tree" / OWN / "console.log").read_bytes()
+    return {"job": args["job"], "index": args["index"], "console": console.decode("utf-8", "replace")}

@@ -1,0 +1,124 @@
+"""Start a daemon, wait until it is ready, end it: the command line's side of its life."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import attrs
+
+from p2pgrid.errors import Misconfigured, Misused
+from p2pgrid.node import api
+from p2pgrid.node.config import ROLES, Config
+from p2pgrid.node.console import say
+
+LOG = "daemon.log"
+STOP_PATIENCE = 30.0
+"""Seconds a daemon may take to stop its VMs and close its store."""
+
+
+def ensure(home: Path) -> None:
+    """Leave with a daemon running on `home`: the one there is, the one set up, or an embedded grid."""
+    if api.daemon_runs(home):
+        return
+    config = Config.load(home)
+    if config is None:
+        say(f"no daemon runs here: starting an embedded grid in {home} (end it with `p2pgrid down`)")
+        config = Config(roles=ROLES, listen="127.0.0.1:0", name="embedded")
+        config.save(home)
+    else:
+        say(f"starting the daemon of {home} (end it with `p2pgrid down`)")
+    spawn(home).ready()
+
+
+@attrs.frozen
+class Starting:
+    """A daemon that was started and has not yet said that it is ready."""
+
+    home: Path
+    process: subprocess.Popen[bytes]
+    news: BinaryIO
+
+    def ready(self) -> subprocess.Popen[bytes]:
+        """Wait for its word.  Raises `api.Told` with its own when it does not come up."""
+        try:
+            with self.news:
+                word = self.news.readline()
+        except BaseException:
+            self.process.terminate()
+            self.process.wait()
+            raise
+        if not word:
+            self.process.wait()
+            raise Misconfigured(why=f"the daemon did not start; its log is {self.home / LOG}")
+        said = json.loads(word)
+        if "error" in said:
+            self.process.wait()
+            raise api.Told.of(said["error"])
+        return self.process
+
+
+def spawn(home: Path, *, with_parent: bool = False) -> Starting:
+    """Start the daemon that `home` is set up for.  It outlives this process unless `with_parent`.
+
+    With `with_parent` call it from the main thread: the kernel takes the thread for the parent.
+    """
+    ready, theirs = os.pipe()
+    command = [sys.executable, "-m", "p2pgrid.node.daemon", str(home), "--ready-fd", str(theirs)]
+    if with_parent:
+        command.append("--with-parent")
+    try:
+        with open(home / LOG, "ab") as log:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs,),
+                start_new_session=True,
+                cwd=home,
+            )
+    finally:
+        os.close(theirs)
+    return Starting(home, child, os.fdopen(ready, "rb"))
+
+
+def stop(home: Path) -> None:
+    """End the daemon on `home` and wait until its process is gone."""
+    pid = api.call(home, "status")["pid"]
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        api.call(home, "stop")
+        gone, _, _ = select.select([process], [], [], STOP_PATIENCE)
+        if not gone:
+            raise api.Told(
+                kind="TimedOut",
+                code=5,
+                message=f"the daemon (process {pid}) is still stopping",
+                hint=f"see {home / LOG}",
+            )
+    finally:
+        os.close(process)
+
+
+def ledger_path(db: str | None) -> str | None:
+    """The file of a `sqlite:///FILE` address.  Raises `Misused` for another."""
+    if db is None:
+        return None
+    if not db.startswith("sqlite:///"):
+        raise Misused(why=f"--db {db!r}: this version keeps its ledger in SQLite; write sqlite:///FILE")
+    return str(Path(db.removeprefix("sqlite:///")).absolute())
+
+
+def card(rows: Sequence[tuple[str, str]]) -> str:
+    """A consent card: what is asked of the volunteer, a row a matter."""
+    return "\n".join(f"  {matter:<10}{what}" for matter, what in rows)

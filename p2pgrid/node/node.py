@@ -1,0 +1,144 @@
+"""Hold what the stories of one daemon share, and the few things that all of them do."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+import trio
+
+from p2pgrid.dht.manifest import decode_datum
+from p2pgrid.dht.store import Store
+from p2pgrid.errors import GridError, NotFound, Temporary
+from p2pgrid.ids import Cid, PeerId
+from p2pgrid.net import Index, Network
+from p2pgrid.node.config import Config
+from p2pgrid.node.identity import Identity
+from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.client import Calls
+from p2pgrid.transfer.exchange import Exchange, Fetched, Progress
+
+STALL_PATIENCE = 300.0
+"""Seconds without one new byte after which a fetch for a job is given up and the task tried elsewhere."""
+
+Watch = Callable[[Progress], None]
+
+
+@attrs.define
+class Running:
+    """A lease under way on this node."""
+
+    task: str
+    epoch: int
+    note: str = "starting"
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+
+
+@attrs.define(eq=False)
+class Node:
+    """The rooms of one daemon, put together by `daemon.py`."""
+
+    home: Path
+    config: Config
+    identity: Identity
+    network: Network
+    index: Index
+    store: Store
+    exchange: Exchange
+    coordinator: Calls
+    grid: PeerId
+    """Peer id of the grid's coordinator."""
+    roles: tuple[str, ...]
+    received: Counter[PeerId] = attrs.field(factory=Counter)
+    """Payload bytes fetched since the start, by peer."""
+    running: dict[str, Running] = attrs.field(factory=dict)
+    fetching: set[str] = attrs.field(factory=set)
+    """Data on their way here because of an order."""
+    connected: bool = False
+    stopping: trio.Event = attrs.field(factory=trio.Event)
+    """Set when a person asked this daemon to end."""
+    _news: trio.Event = attrs.field(factory=trio.Event)
+
+    def tell(self) -> None:
+        """Have the next beat go out at once: there is news for the coordinator."""
+        self._news.set()
+
+    async def news(self) -> None:
+        """Wait until `tell`."""
+        await self._news.wait()
+        self._news = trio.Event()
+
+    async def fetch(
+        self, datum: str, peers: Iterable[m.Provider], watch: Watch | None = None, patience: float = math.inf
+    ) -> Fetched:
+        """Have `datum` complete here, then say so to the index and the coordinator.
+
+        Raises `Temporary` when no byte came for `patience` seconds.
+        """
+        for provider in peers:
+            self.network.learn(PeerId(provider.peer), provider.addresses)
+        names = [PeerId(p.peer) for p in peers]
+        with trio.CancelScope() as scope:
+            scope.deadline = trio.current_time() + patience
+            seen = -1
+
+            def notice(progress: Progress) -> None:
+                nonlocal seen
+                if progress.bytes_done != seen:
+                    seen = progress.bytes_done
+                    scope.deadline = trio.current_time() + patience
+                if watch:
+                    watch(progress)
+
+            fetched = await self.exchange.fetch(Cid.parse(datum), names, notice)
+        if scope.cancelled_caught:
+            raise Temporary(why=f"no peer sent a byte of {datum} for {patience:.0f} s")
+        self.received.update(fetched.bytes_by_peer)
+        await self.announce(datum)
+        return fetched
+
+    async def announce(self, datum: str) -> None:
+        """Tell the DHT and the coordinator that `datum` is complete here."""
+        self.tell()
+        cid = Cid.parse(datum)
+        content = decode_datum(await trio.to_thread.run_sync(self.store.get_object, cid)).content
+        try:
+            await self.index.provide(bytes(cid))
+            if content is not None:
+                await self.index.provide(bytes(content))
+        except GridError:
+            pass  # a hint that could not be given now is given again by the index's refresh
+
+    def complete(self, datum: str) -> bool:
+        """Whether every chunk of `datum` is here."""
+        return any(str(h.datum) == datum and h.chunks == h.chunks_total for h in self.store.held())
+
+    async def providers(self, datum: str) -> tuple[m.Provider, ...]:
+        """Who has `datum`, as the coordinator knows; nobody where it is away or knows no such datum."""
+        try:
+            return await self.coordinator.providers(datum)
+        except GridError:
+            return ()
+
+    @asynccontextmanager
+    async def scratchpad(self) -> AsyncIterator[Path]:
+        """A folder for passing things, gone at the end."""
+        folder = Path(tempfile.mkdtemp(dir=self.home / "tmp"))
+        try:
+            yield folder
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+    async def resolve(self, which: str) -> m.DatumView:
+        """The disk that a person named: by name, by CID, or "" for the one put last."""
+        view = await self.coordinator.datum(which)
+        if view.record.kind != "disk":
+            raise NotFound(what=f"a disk {which!r} (it is a {view.record.kind})")
+        return view

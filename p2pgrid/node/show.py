@@ -1,0 +1,138 @@
+"""Put what the daemon answers the way a person reads it.
+
+Pure: a JSON answer in, text out; the shapes are those of `docs/reference/json.md`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from p2pgrid.node.console import size, table
+
+GRID_FAILURE = 125
+"""Exit code of `run` when a task ended without its guest's own status (docker's convention)."""
+
+Answer = dict[str, Any]
+
+
+def put(v: Answer) -> str:
+    note = (
+        ""
+        if v["exact"]
+        else f"\nits compression cannot be repeated: get will write a fresh {v['format']} file"
+    )
+    return (
+        f"{v['name']}  {v['disk']}\n"
+        f"{size(v['size'])} in {v['chunks']} chunks and {v['holes']} holes, "
+        f"{size(v['unique_bytes'])} of data, "
+        f"{size(v['wire_bytes'])} on the wire; {v['seconds']:.1f} s{note}"
+    )
+
+
+def get(v: Answer) -> str:
+    same = (
+        "byte-identical to what was put" if v["exact"] else f"same guest content, a fresh {v['format']} file"
+    )
+    return f"{v['path']}  {size(v['bytes'])}  {same}"
+
+
+def disks(v: Answer) -> str:
+    rows = [
+        (d["name"], size(d["size"]), size(d["wire_bytes"]), d["holders"], _held(d), d["disk"][:20] + "…")
+        for d in v["disks"]
+    ]
+    return table(rows, "NAME", "SIZE", "WIRE", "HOLDERS", "HELD HERE", "DISK")
+
+
+def _held(d: Answer) -> str:
+    return f"{100 * d['held'] // d['frames']} %" if d.get("frames") else "-"
+
+
+def disk(v: Answer) -> str:
+    lines = [
+        f"name     {v['name']}",
+        f"disk     {v['disk']}",
+        f"content  {v['content']}",
+        f"size     {size(v['size'])} ({v['size']} bytes), put as {v['format']}",
+        *(
+            [
+                f"chunks   {v['chunks']} of {size(v['chunk_size'])}, {v['holes']} more are holes",
+                f"held     {v['held']} of {v['frames']} here",
+            ]
+            if v["chunks"] is not None
+            else ["held     nothing here"]
+        ),
+        *(f"holder   {h['name']}  {h['peer']}" for h in v["holders"]),
+    ]
+    return "\n".join(lines)
+
+
+def verified(v: Answer) -> str:
+    if not v["bad"]:
+        return f"{v['name']}: all {v['checked']} chunks held here are good"
+    rest = v["bad"] - v["repaired"]
+    return f"{v['name']}: {v['bad']} bad chunk(s) found, {v['repaired']} repaired from peers" + (
+        f", {rest} still missing" if rest else ""
+    )
+
+
+def jobs(v: Answer) -> str:
+    rows = [(j["job"], j["name"] or "-", j["state"], _counts(j)) for j in v["jobs"]]
+    return table(rows, "JOB", "NAME", "STATE", "TASKS")
+
+
+def _counts(view: Answer) -> str:
+    return ", ".join(f"{n} {state}" for state, n in view["counts"].items() if n)
+
+
+def job(v: Answer) -> str:
+    rows = [
+        (
+            t["index"],
+            t["state"],
+            t["node"] or "-",
+            "-" if t["exit"] is None else t["exit"],
+            t["attempts"],
+            t["reason"] or "",
+        )
+        for t in v["tasks"]
+    ]
+    head = f"job {v['job']}  {v['state']}  disk {v['disk']}\n"
+    return head + table(rows, "TASK", "STATE", "NODE", "EXIT", "TRIES", "NOTE")
+
+
+def finished(v: Answer) -> str:
+    return job(v) + f"\nresults: {v['results']}"
+
+
+def results(v: Answer) -> str:
+    return f"{v['folder']}  {v['tasks']} task(s), {v['files']} file(s), {size(v['bytes'])}"
+
+
+def nodes(v: Answer) -> str:
+    rows = [
+        (n["name"], ",".join(n["roles"]), n["state"], n["running"], ",".join(n["shares"]) or "-", n["peer"])
+        for n in v["nodes"]
+    ]
+    return table(rows, "NAME", "ROLES", "STATE", "RUNNING", "SHARES", "PEER")
+
+
+def status(v: Answer) -> str:
+    lines = [
+        f"{v['name']}  {v['peer']}  ({', '.join(v['roles'])})",
+        f"grid     {v['grid']}  {'connected' if v['connected'] else 'out of reach, trying again'}",
+        f"running  {', '.join(v['running']) or 'nothing'}",
+        f"received {size(sum(v['received'].values()))}   served {size(sum(v['served'].values()))}",
+        *(f"holds    {d['datum'][:24]}…  {d['chunks']}/{d['total']} chunks" for d in v["holds"]),
+    ]
+    return "\n".join(lines)
+
+
+def exit_code(view: Answer) -> int:
+    """What `run` and `job wait` exit with: the guests' first status that is not 0."""
+    for task in view["tasks"]:
+        if task["state"] in ("error", "cancelled"):
+            return GRID_FAILURE
+        if task["exit"]:
+            return int(task["exit"])
+    return 0
