@@ -8,6 +8,7 @@ have their right owners.  Drivers in the initramfs are listed: it loads faster s
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import tarfile
 from collections.abc import Callable, Sequence
@@ -61,9 +62,9 @@ UNWANTED = (
 
 def build(work: Path, packages: Sequence[str], tell: Callable[[str], None]) -> tuple[int, Extents]:
     """Make `work`/disk.raw, in minutes; tell each step.  Raises `Misconfigured`."""
-    distribution.need(
-        *(("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("mke2fs", "e2fsprogs"), ("mmdebstrap", "mmdebstrap"))
-    )
+    needs = [("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("mke2fs", "e2fsprogs"), ("mmdebstrap", "mmdebstrap")]
+    # Who is not root needs a user namespace with many ids.
+    distribution.need(*needs, *([("newuidmap", "uidmap")] if os.geteuid() else []))
     tell("download GRUB")
     distribution.unpack(distribution.grub_packages(), work / "packages")
     tell("install the packages (minutes)")

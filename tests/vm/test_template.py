@@ -1,6 +1,7 @@
 """Does the tiny template keep the guest's contract under a plain QEMU, whatever it is given?"""
 
 import io
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -49,9 +50,17 @@ def context(path: Path, files: dict[str, bytes], mode: int) -> None:
     iso.close()
 
 
-def boot(folder: Path, files: dict[str, bytes] | None, *, bus: str = "virtio", mode: int = 0o555) -> Ran:
+def boot(
+    folder: Path,
+    files: dict[str, bytes] | None,
+    *,
+    disk: Path | None = None,
+    memory: int = 96,
+    bus: str = "virtio",
+    mode: int = 0o555,
+) -> Ran:
     """Boot the tiny disk with `files` on its context disk and an empty scratch disk, until it is off."""
-    disks = {"boot": tiny_disk()}
+    disks = {"boot": disk or tiny_disk()}
     if files is not None:
         disks |= {"ctx": folder / "ctx.iso", "scr": folder / "scr.raw"}
         context(disks["ctx"], files, mode)
@@ -121,6 +130,15 @@ def test_without_a_context_disk_it_powers_off(tmp_path: Path):
     ran = boot(tmp_path, None)
     assert ran.status == ""
     assert "no context disk" in ran.console
+
+
+@pytest.mark.skipif("P2PGRID_SLOW" not in os.environ, reason="two minutes of work: set P2PGRID_SLOW=1")
+def test_a_debian_keeps_the_contract_too(tmp_path: Path):
+    disk = build_template("debian", tmp_path / "debian.vdi")
+    script = b"#!/usr/bin/python3\nopen('seven', 'w').write(str(3 + 4))\nraise SystemExit(7)\n"
+    ran = boot(tmp_path, {"context.sh": script}, disk=disk, memory=512)
+    assert ran.status == "exit 7\n", ran.console
+    assert ran.result("seven") == "7"
 
 
 def test_a_refused_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
