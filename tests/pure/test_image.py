@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from pathlib import Path
@@ -249,12 +250,20 @@ def test_what_is_no_file(tmp_path: Path) -> None:
             open_image(tmp_path / name)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file(tmp_path: Path) -> None:
-    (tmp_path / "disk").write_bytes(b"x")
-    (tmp_path / "disk").chmod(0)
-    with pytest.raises(Misused, match="Permission denied"):
-        open_image(tmp_path / "disk")
+def test_an_unreadable_file() -> None:
+    """Root may read everything, so that it is somebody else for a moment."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "disk")
+        path.write_bytes(b"x")
+        path.chmod(0)
+        Path(folder).chmod(0o755)
+        user = os.geteuid()
+        os.seteuid(user or 65534)
+        try:
+            with pytest.raises(Misused, match="Permission denied"):
+                open_image(path)
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize("form", FORMATS)
