@@ -132,12 +132,37 @@ class AnyHistory(RuleBasedStateMachine):
         name, task, epoch = data.draw(st.sampled_from(self.stale))
         self.tell(name, task, epoch, 0, False)
 
+    @precondition(lambda self: any(w.leases for w in self.workers.values()))
+    @rule(name=names, data=st.data())
+    def forge(self, name, data):
+        """A worker reports and renews a lease that is another's."""
+        all_leases = [(n, t, e) for n, w in self.workers.items() for t, e in w.leases.items() if n != name]
+        if all_leases:
+            _, task, epoch = data.draw(st.sampled_from(all_leases))
+            assert isinstance(self.ask(name, m.Renew(task, epoch)), m.Failure)
+            self.tell(name, task, epoch, 0, False)
+
+    @precondition(lambda self: any(w.leases for w in self.workers.values()))
+    @rule(data=st.data())
+    def start_over(self, data):
+        """A worker that knew of its lease starts anew, gets a task, and then tells of the old one."""
+        name = data.draw(st.sampled_from([n for n, w in self.workers.items() if w.leases]))
+        leases = self.workers[name].leases
+        task, epoch = next(iter(leases.items()))
+        self.ask(name, m.Renew(task, epoch))
+        self.forget_work(name, lost=False)
+        self.pull(name, root=True, patience=0)
+        self.tell(name, task, epoch, 0, False)
+
     def tell(self, name: str, task: str, epoch: int, exit_: int, retry: bool) -> None:
         result = tree(f"{name} {task} {epoch}")
         outcome = Outcome(exit_, "off", None if retry else result, retry=retry)
         self.workers[name].holds.add(result.datum)
         reply = self.ask(name, m.Report(task, epoch, outcome))
         if isinstance(reply, m.Done):
+            newest = max((e for t, e in self.granted if t == task), default=0)
+            assert (task, epoch) in self.reports or epoch == newest, "a late report was taken"
+            assert self.granted[task, epoch] == name, "the report of another worker was taken"
             self.reports.setdefault((task, epoch), outcome)
         else:
             assert reply.code in ("Gone", "Revoked")
