@@ -170,7 +170,7 @@ class Swarm:
         self._look_at = math.inf
         self._twice: set[int] = set()  # asked of an idle peer, too
         self._doubled = 0  # bytes of them, those that are here by now included
-        self._doubled_max = max(int(DUPLICATES * sum(lengths)), 4 * max(lengths, default=0))
+        self._doubled_max = max(int(DUPLICATES * sum(lengths)), 8 * max(lengths, default=0))
         self._typical = math.inf  # seconds from an ask to its chunk, over all peers
         self._joins = 0
         self._announced = False
