@@ -74,6 +74,7 @@ class Link:
         self._closing = ""
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
+        self._rung = False
         self._thread = 0
         self.receiver = receive(self)
 
@@ -99,13 +100,8 @@ class Link:
                 return
             self._queue.extend(pieces)
             self._queued += sum(map(len, pieces))
-        if self._queued > QUEUE_MAX:
-            self.close("the peer does not read")
-        self.wake()
-
-    def wake(self) -> None:
-        """Have the thread look at the queue, and ask `drained` again."""
-        if threading.get_ident() != self._thread:
+            if self._queued > QUEUE_MAX:
+                self._closing = "the peer does not read"
             self._ring()
 
     def close(self, why: str = "closed here") -> None:
@@ -115,8 +111,11 @@ class Link:
             self._ring()
 
     def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # it is full, so the thread will wake; or closed: it has ended
-            self._waker.send(b"\0")
+        """Wake the thread; the lock is held, so that the waker is not closed meanwhile."""
+        if not self._rung and threading.get_ident() != self._thread:
+            self._rung = True
+            with contextlib.suppress(OSError):  # closed: the thread has ended
+                self._waker.send(b"\0")
 
     def run(self) -> None:
         """Be the link's thread: returns when the link has ended and its socket is closed."""
@@ -157,7 +156,9 @@ class Link:
                 poll.modify(self._socket, interest)
             for fd, _ in poll.poll():
                 if fd == self._woken.fileno():
-                    self._woken.recv(4096)
+                    with self._lock:
+                        self._woken.recv(1)
+                        self._rung = False
         return self._closing
 
     def _push(self) -> tuple[int, int]:

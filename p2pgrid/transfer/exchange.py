@@ -70,12 +70,12 @@ class Exchange:
         """
         while datum in self._downloads:
             download, done = self._downloads[datum]
-            download.hint(peers)
+            download.company.hint(peers)
             with _listening(download, progress):
                 await done.wait()
             # It completed, then the next one finds everything here; or it was cancelled, and we go on.
         download, done = Download(datum, self, self._rng), trio.Event()
-        download.hint(peers)
+        download.company.hint(peers)
         self._downloads[datum] = download, done
         try:
             with _listening(download, progress):
@@ -103,7 +103,11 @@ class Exchange:
         self._audience.show(shelf)
 
     def tell(self, pack: Cid, indices: list[int]) -> None:
+        """Tell who has opened `pack`, and whoever here wants it, that these are here now."""
         self._audience.tell(pack, indices)
+        for download, _ in self._downloads.values():
+            if download.pack == pack:
+                download.hold(indices)
 
     # --- links ------------------------------------------------------------------------------
 
@@ -125,15 +129,15 @@ class Exchange:
     def _ended(self, session: Session, why: str) -> None:
         self._sessions.pop(session.link, None)
         for download, _ in self._downloads.values():
-            download.lost(session)
+            download.company.lost(session)
 
     def _opened(self, link: Link, topic: int, pack: Cid) -> None:
         """A peer wants `pack`: tell it who else does, and ask it, too, if we want it ourselves."""
         others = {listener.peer for listener, _ in self._audience.of(pack)}
         for download, _ in self._downloads.values():
             if download.pack == pack:
-                download.hint([link.peer])
-                others.update(download.peers())
+                download.company.hint([link.peer])
+                others.update(other.peer for other in download.company.sessions())
         others -= {link.peer, self._network.me}
         rows: list[tuple[PeerId, tuple[str, ...]]] = []
         for peer in self._rng.sample(sorted(others), min(PEERS_MAX, len(others))):

@@ -27,12 +27,12 @@ from p2pgrid.dht.manifest import decode_datum
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
 from p2pgrid.drive import drive
-from p2pgrid.errors import BadObject, GridError, NotFound, Unreachable, WorldError
+from p2pgrid.errors import BadObject, GridError, WorldError
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.machine import Tick
-from p2pgrid.net import Index
+from p2pgrid.transfer.company import SEARCH, Company, Searching
 from p2pgrid.transfer.messages import INDICES_MAX
-from p2pgrid.transfer.session import Session, Want
+from p2pgrid.transfer.session import Session
 from p2pgrid.transfer.swarm import (
     Arrived,
     Ask,
@@ -47,12 +47,6 @@ from p2pgrid.transfer.swarm import (
     Withdraw,
 )
 
-SEARCH = 3.0
-"""Seconds between two searches for more peers, while incomplete."""
-REST_MIN, REST_MAX = 0.5, 30.0
-"""Seconds before a peer that was lost or could not be reached is tried again; doubled each time."""
-PEERS_MAX = 40
-"""Peers of one fetch; with more, each is asked too little to be worth its link."""
 OBJECTS_AT_ONCE = 8
 OBJECT_PATIENCE = 15.0
 """Seconds for an object (at most 1 MiB) before it is asked of another peer."""
@@ -98,37 +92,18 @@ class Fetched:
     seconds: float
 
 
-class Peering(Protocol):
+class Peering(Searching, Protocol):
     """What a fetch needs of the exchange."""
 
     store: Store
-    index: Index
-
-    async def session(self, peer: PeerId) -> Session:
-        """Raises `Unreachable`."""
-        ...
-
-    def allowed(self, peer: PeerId) -> bool: ...
-
-    def learn(self, peer: PeerId, addresses: Iterable[str]) -> None: ...
 
     def show(self, shelf: Shelf) -> None:
         """Tell who has opened the shelf's pack what is here."""
         ...
 
-    def tell(self, pack: Cid, indices: list[int]) -> None: ...
-
-
-@attrs.define
-class _Contact:
-    """A peer that may have something."""
-
-    session: Session | None = None
-    want: Want | None = None
-    trying: bool = False
-    shunned: bool = False
-    losses: int = 0
-    rests_until: float = -math.inf
+    def tell(self, pack: Cid, indices: list[int]) -> None:
+        """Tell who has opened `pack`, and whoever here wants it, that these are here."""
+        ...
 
 
 class Download:
@@ -144,10 +119,7 @@ class Download:
         self._token = trio.lowlevel.current_trio_token()
         self._scope = trio.CancelScope()
         self._failure: GridError | None = None
-        self._contacts: dict[PeerId, _Contact] = {}
-        self._news = trio.Event()
-        """Set, and replaced, when a peer was found or lost."""
-        self._keys = [datum]
+        self.company = Company([datum], peering, self)
         self._lock = threading.Lock()
         self._reports: list[Event] = []
         self._reported = trio.Event()
@@ -171,7 +143,7 @@ class Download:
             with self._scope:
                 if not await self._all_here():
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._search, nursery)
+                        nursery.start_soon(self.company.search)
                         nursery.start_soon(self._report)
                         nursery.start_soon(self._collect)
                         nursery.start_soon(self._announce)
@@ -184,7 +156,7 @@ class Download:
                         nursery.cancel_scope.cancel()
                     await self._flush()
         finally:
-            self._let_go()
+            self.company.dismiss()
         if self._failure is not None:
             raise self._failure
         self._tell_listeners()
@@ -209,11 +181,11 @@ class Download:
     async def _object(self, cid: Cid, limit: trio.CapacityLimiter) -> None:
         tried: set[Session] = set()
         while True:
-            sessions = [s for s in self._sessions() if s not in tried]
+            sessions = [s for s in self.company.sessions() if s not in tried]
             if not sessions:
                 tried.clear()
                 with trio.move_on_after(SEARCH):
-                    await self._news.wait()
+                    await self.company.news.wait()
                 continue
             session = self._rng.choice(sessions)
             tried.add(session)
@@ -222,7 +194,7 @@ class Download:
                     try:
                         data = await session.get_object(cid)
                     except BadObject:
-                        self._shun(session.peer)
+                        self.company.shun(session.peer)
                         continue
                     if data is None:
                         continue
@@ -249,7 +221,7 @@ class Download:
         self._resumed = self._done - self._local
         self._shelf = shelf
         self.pack = shelf.pack
-        self._keys.append(shelf.layout.cid)
+        self.company.keys.append(shelf.layout.cid)
         self._arrived = bytearray(len(shelf.frames.lengths))
         if not shelf.complete:
             self._peering.show(shelf)
@@ -260,14 +232,12 @@ class Download:
         while not shelf.complete:  # again only where a chunk rotted while the others came
             if shelf.convicted:
                 shelf.put_frame(0, b"")  # says why
-            for contact in self._contacts.values():
-                self._forget_want(contact)
+            self.company.dismiss()
             self._arrived = bytearray(len(shelf.frames.lengths))
             self._swarm = Swarm(shelf.frames.lengths, shelf.have(), self._rng)
             # Bounded by what peers were asked for and by how much they may chatter.
             self._inbox, inbox = trio.open_memory_channel[Sequence[Event]](math.inf)
-            for contact in self._contacts.values():
-                self._open(contact)
+            self.company.gather(shelf)
             await drive(_Gathered(self._swarm), inbox, self._perform)
 
     async def _flush(self) -> None:
@@ -279,121 +249,17 @@ class Download:
         for effect in effects:
             match effect:
                 case Ask(peer, indices):
-                    if want := self._want(peer):
+                    if want := self.company.want(peer):
                         for start in range(0, len(indices), INDICES_MAX):
                             want.ask(indices[start : start + INDICES_MAX])
                 case Withdraw(peer, index):
-                    if want := self._want(peer):
+                    if want := self.company.want(peer):
                         want.withdraw(index)
                 case Shun(peer, _):
-                    self._shun(peer)
+                    self.company.shun(peer)
                 case Completed():
                     assert self._inbox is not None
                     self._inbox.close()
-
-    def _let_go(self) -> None:
-        for contact in self._contacts.values():
-            self._forget_want(contact)
-
-    # --- peers ----------------------------------------------------------------------------
-
-    async def _search(self, nursery: trio.Nursery) -> None:
-        finding: set[Cid] = set()
-
-        async def find(key: Cid) -> None:
-            try:
-                with contextlib.suppress(Unreachable, NotFound):
-                    self.hint(await self._peering.index.find(bytes(key)))
-            finally:
-                finding.discard(key)
-
-        search_at = -math.inf
-        while True:
-            now = trio.current_time()
-            if now >= search_at:
-                search_at = now + SEARCH
-                for key in set(self._keys) - finding:
-                    finding.add(key)
-                    nursery.start_soon(find, key)
-                for contact in self._contacts.values():
-                    if contact.want is not None and not contact.want.shown:
-                        contact.want.open()
-            attached = sum(c.session is not None or c.trying for c in self._contacts.values())
-            wake = search_at
-            for peer, contact in list(self._contacts.items()):
-                if contact.session is not None or contact.trying or contact.shunned:
-                    continue
-                if contact.rests_until > now:
-                    wake = min(wake, contact.rests_until)
-                elif attached < PEERS_MAX:
-                    attached += 1
-                    contact.trying = True
-                    nursery.start_soon(self._attach, peer, contact)
-            with trio.move_on_at(wake):
-                await self._news.wait()
-
-    async def _attach(self, peer: PeerId, contact: _Contact) -> None:
-        try:
-            contact.session = await self._peering.session(peer)
-        except Unreachable:
-            self._rest(contact)
-        else:
-            self._open(contact)
-        finally:
-            contact.trying = False
-            self._ring()
-
-    def _open(self, contact: _Contact) -> None:
-        if contact.session is not None and self._shelf is not None and self._inbox is not None:
-            contact.want = contact.session.want(self._shelf, self)
-
-    def _forget_want(self, contact: _Contact) -> None:
-        if contact.session is not None and contact.want is not None:
-            contact.session.unwant(contact.want)
-        contact.want = None
-
-    def _rest(self, contact: _Contact) -> None:
-        pause = min(REST_MAX, REST_MIN * 2**contact.losses)
-        contact.losses += 1
-        contact.rests_until = trio.current_time() + pause
-
-    def _shun(self, peer: PeerId) -> None:
-        contact = self._contacts[peer]
-        contact.shunned = True
-        if contact.session is not None:
-            contact.session.link.close("it sent bytes that are not what was asked for")
-
-    def _sessions(self) -> list[Session]:
-        return [c.session for c in self._contacts.values() if c.session is not None and not c.shunned]
-
-    def _want(self, peer: PeerId) -> Want | None:
-        contact = self._contacts.get(peer)
-        return None if contact is None else contact.want
-
-    def _ring(self) -> None:
-        self._news.set()
-        self._news = trio.Event()
-
-    def peers(self) -> list[PeerId]:
-        """Those with whom it exchanges chunks now."""
-        return [session.peer for session in self._sessions()]
-
-    def hint(self, peers: Iterable[PeerId]) -> None:
-        """These may have something."""
-        for peer in peers:
-            if self._peering.allowed(peer) and peer not in self._contacts:
-                self._contacts[peer] = _Contact()
-                self._ring()
-
-    def lost(self, session: Session) -> None:
-        """The link of `session` ended."""
-        contact = self._contacts.get(session.peer)
-        if contact is None or contact.session is not session:
-            return
-        contact.session = contact.want = None
-        self._rest(contact)
-        self._feed([Left(session.peer)])
-        self._ring()
 
     # --- what links report ----------------------------------------------------------------
 
@@ -408,17 +274,15 @@ class Download:
         self._token.run_sync_soon(self._give_up, error)
 
     def hear_of(self, peers: tuple[tuple[PeerId, tuple[str, ...]], ...]) -> None:
-        self._token.run_sync_soon(self._meet, peers)
+        self._token.run_sync_soon(self.company.meet, peers)
 
     def _give_up(self, error: GridError) -> None:
         self._failure = self._failure or error
         self._scope.cancel()
 
-    def _meet(self, peers: tuple[tuple[PeerId, tuple[str, ...]], ...]) -> None:
-        for peer, addresses in peers:
-            if self._peering.allowed(peer) and len(self._contacts) < 10 * PEERS_MAX:
-                self._peering.learn(peer, addresses)
-                self.hint([peer])
+    def left(self, peer: PeerId) -> None:
+        """The company lost `peer`."""
+        self._feed([Left(peer)])
 
     def _ring_reported(self) -> None:
         self._reported.set()
@@ -436,17 +300,20 @@ class Download:
                     self._bytes_by_peer[event.peer] = self._bytes_by_peer.get(event.peer, 0) + event.size
                     self._fresh.append(event.index)
                 elif isinstance(event, Joined):
-                    self._contacts[event.peer].losses = 0
+                    self.company.proved(event.peer)
             if self._fresh:
                 self._freshly.set()
             self._feed(events)
             await trio.sleep(GATHER)
 
-    def came_otherwise(self, index: int, size: int) -> None:
-        """Another fetch, of a datum with the same pack, brought a chunk."""
-        if self._arrived and not self._arrived[index]:
-            self._count(index, size)
-            self._feed([Held([index])])
+    def hold(self, indices: Iterable[int]) -> None:
+        """These came in another way: by a fetch of another datum with the same pack."""
+        if self._shelf is not None:
+            fresh = [index for index in indices if not self._arrived[index]]
+            for index in fresh:
+                self._count(index, self._shelf.frames.lengths[index])
+            if fresh:
+                self._feed([Held(fresh)])
 
     def _count(self, index: int, size: int) -> None:
         self._arrived[index] = 1
@@ -490,7 +357,7 @@ class Download:
             self._local,
             self._resumed,
             self._rate,
-            len(self._sessions()),
+            len(self.company.sessions()),
             swarm.missing if swarm is not None else 0,
             len(swarm.unavailable()) if swarm is not None and not swarm.complete else 0,
             trio.current_time() - self._last,

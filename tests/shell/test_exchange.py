@@ -13,12 +13,13 @@ import attrs
 import pytest
 import trio
 
+from p2pgrid.dht.manifest import Disk, Recipe, signed
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import NoSpace, NotFound
 from p2pgrid.ids import PeerId
 from p2pgrid.transfer.exchange import Exchange, Progress, open_exchange
 from tests.memory_network import MemoryNetwork, MemoryWorld, open_world
-from tests.small_disks import SmallDisk, small_disk
+from tests.small_disks import KEY, SmallDisk, small_disk
 
 LOOPBACK = (("127.0.0.1", 0),)
 
@@ -155,26 +156,50 @@ async def test_several_datums_and_two_fetches_of_one_over_one_link(tmp_path: Pat
         assert putter.exchange.served[worker.me] == sum(len(f) for d in disks for f in d.frames)
 
 
+async def test_two_data_with_one_pack_bring_it_once(tmp_path: Path) -> None:
+    """The same disk in another container: two names, one pack, fetched at the same time."""
+    disk = small_disk(range(1, 100))
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        first = Disk.decode(putter.store.get_object(disk.datum))
+        recipe = putter.store.put_object(Recipe("vmdk", False, 1000, ()).encode())
+        twin = putter.store.put_object(signed(attrs.evolve(first, recipe=recipe), KEY).encode())
+        peers = know(worker, putter)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.exchange.fetch, disk.datum, peers)
+            nursery.start_soon(worker.exchange.fetch, twin, peers)
+        assert is_whole(worker, disk)
+        assert {held.datum for held in worker.store.held()} == {disk.datum, twin}
+
+
 async def test_a_liar_is_shunned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = small_disk(range(1, 60))
     async with open_nodes(tmp_path, "honest", "liar", "worker") as (honest, liar, worker):
         hold(honest, disk)
         hold(liar, disk)
-        lies = []
+        token = trio.lowlevel.current_trio_token()
+        lied = trio.Event()
 
         def lie(index: int) -> bytes:
-            lies.append(index)
+            token.run_sync_soon(lied.set)
             return bytes(len(disk.frames[index]))
 
         monkeypatch.setattr(liar.store.shelf(disk.pack), "get_frame", lie)
-        peers = know(worker, liar)
-        with trio.move_on_after(1):  # alone with the liar, nothing is believed
-            await worker.exchange.fetch(disk.datum, peers)
-        assert lies
-        assert worker.store.shelf(disk.pack).count == 0
-        fetched = await worker.exchange.fetch(disk.datum, [*peers, *know(worker, honest)])
+        fetched = []
+
+        async def fetch(peers: list[PeerId]) -> None:
+            fetched.append(await worker.exchange.fetch(disk.datum, peers))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch, know(worker, liar))
+            await lied.wait()
+            while any(link.peer == liar.me for link in worker.exchange.links.live()):
+                assert worker.store.shelf(disk.pack).count == 0  # alone with a liar, nothing is believed
+                await trio.sleep(0.001)
+            nursery.start_soon(fetch, know(worker, honest))  # joins the one under way
         assert is_whole(worker, disk)
-        assert set(fetched.bytes_by_peer) == {honest.me}
+        assert {peer for f in fetched for peer in f.bytes_by_peer} == {honest.me}
+        assert [link.peer for link in worker.exchange.links.live()] == [honest.me]
 
 
 async def test_a_link_that_is_cut_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
