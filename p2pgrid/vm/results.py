@@ -20,13 +20,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import attrs
-import msgspec
 import trio
 
 from p2pgrid import wire
 from p2pgrid.dht.manifest import safe_path
 from p2pgrid.errors import BadFrame, NoSpace, WorldError
 from p2pgrid.vm.child import Limits, running
+from p2pgrid.vm.findings import Begin, Bytes, Done, Failed, Told
 
 PATIENCE = 300.0
 """Seconds for a whole disk; a sound one of 8 GiB takes about ten."""
@@ -34,8 +34,6 @@ CPU = 240
 """Seconds of CPU for the reader."""
 MEMORY = 1 << 30
 """Bytes of address space of the reader: mostly Python's own libraries."""
-PIECE = 256 * 1024
-"""Bytes of a file sent at once."""
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -53,34 +51,6 @@ class Caps:
     bytes: int = 8 << 30
     """Of all files together, holes included: nobody can send a hole back as cheaply as it was made."""
     files: int = 100_000
-
-
-class Begin(msgspec.Struct, tag="begin"):
-    """A file comes: relative POSIX path, bytes, and whether it may be executed."""
-
-    path: str
-    size: int
-    executable: bool
-
-
-class Bytes(msgspec.Struct, tag="bytes"):
-    """Part of the file that came last."""
-
-    offset: int
-    data: bytes
-
-
-class Done(msgspec.Struct, tag="done"):
-    """That was all."""
-
-
-class Failed(msgspec.Struct, tag="failed"):
-    """The disk cannot be read."""
-
-    why: str
-
-
-Told = Begin | Bytes | Done | Failed
 
 
 class Sink:
