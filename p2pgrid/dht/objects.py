@@ -53,8 +53,10 @@ class Objects:
 
     def has(self, cid: Cid) -> bool:
         with self._lock:
-            self._young.add(cid)  # the answer must stay true until its datum is begun
-        return self._path(cid).exists()
+            here = self._path(cid).exists()
+            if here:
+                self._young.add(cid)  # the answer must stay true until its datum is begun
+            return here
 
     def missing(self, datum: Cid) -> list[Cid]:
         family = self.family(datum)

@@ -79,6 +79,16 @@ def test_folders_of_little_come_back(store, tmp_path):
     assert not list((store.root / "packs").iterdir())
 
 
+def test_a_folder_of_zeros_has_a_content_and_no_chunk(store, tmp_path):
+    (tmp_path / "zeros").mkdir()
+    (tmp_path / "zeros" / "file").write_bytes(bytes(CHUNK_SIZE + 1))
+    put = publish_tree(store, tmp_path / "zeros", KEY)
+    assert (put.size, put.chunks, put.holes, put.wire_bytes) == (CHUNK_SIZE + 1, 0, 2, 0)
+    restore_tree(store, put.datum, tmp_path / "out")
+    assert everything(tmp_path / "out") == {"file": bytes(CHUNK_SIZE + 1)}
+    assert publish_tree(store, tmp_path / "zeros", KEY).datum == put.datum
+
+
 def test_links_and_special_files_are_left_out(store, folder, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("secret")
