@@ -32,10 +32,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import attrs
-import cbor2
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
+from p2pgrid.dht.dagcbor import OBJECT_MAX as OBJECT_MAX
+from p2pgrid.dht.dagcbor import bounded, decode, encode, need, take
 from p2pgrid.errors import BadObject
 from p2pgrid.ids import DIGEST_SIZE, Cid, object_cid
 
@@ -43,88 +44,12 @@ CHUNK_SIZE = 256 * 1024
 """Bytes of guest space in a chunk; `docs/decisions/0002-chunks.md` has the measurements."""
 PAGE_SPAN = 8192
 """Positions (or frames) a page tells: at most 256 KiB of names."""
-OBJECT_MAX = 1 << 20
-"""Bytes. No object is longer; a peer that sends a longer one is wrong."""
 SIZE_MAX = 1 << 45
 """Bytes (32 TiB): beyond it a size is an overflow, not a disk."""
 LITERAL_MAX = 64 * 1024
 """Bytes of one literal segment."""
 FRAME_MAX = CHUNK_SIZE + 1024
 """Bytes. zstd never needs more for an incompressible chunk."""
-
-LINK = 42
-
-
-def _deny(value: Any, immutable: bool) -> Any:
-    raise ValueError("only tag 42 is allowed")
-
-
-# cbor2 acts on tags before any hook sees them (35 compiles a peer's regex): deny each by number.
-_DENIED = dict.fromkeys((*range(LINK), *range(LINK + 1, 300), 1004, 43000, 55799), _deny)
-
-
-def encode(value: Any) -> bytes:
-    """Canonical DAG-CBOR of plain values and `Cid`s."""
-    return cbor2.dumps(_lower(value), canonical=True)
-
-
-def _lower(value: Any) -> Any:
-    if isinstance(value, Cid):
-        return cbor2.CBORTag(LINK, b"\0" + bytes(value))
-    if isinstance(value, dict):
-        return {k: _lower(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_lower(v) for v in value]
-    return value
-
-
-def _raise(value: Any) -> Any:
-    if isinstance(value, cbor2.CBORTag):
-        if value.tag != LINK or not isinstance(value.value, bytes) or value.value[:1] != b"\0":
-            raise BadObject(why="a tag that is not a link")
-        return Cid.from_bytes(value.value[1:])
-    if isinstance(value, dict):
-        _need(all(isinstance(k, str) for k in value), "a key that is not text")
-        return {k: _raise(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_raise(v) for v in value]
-    if value is None or isinstance(value, bool | int | str | bytes):
-        return value
-    raise BadObject(why=f"a value of type {type(value).__name__}")
-
-
-def decode(data: bytes) -> dict[str, Any]:
-    """The map in `data`.  Raises `BadObject` unless `data` is its one canonical encoding."""
-    if len(data) > OBJECT_MAX:
-        raise BadObject(why=f"{len(data)} bytes is longer than an object may be")
-    try:
-        raw = cbor2.loads(data, semantic_decoders=_DENIED, max_depth=8, allow_indefinite=False)
-        value = _raise(raw)
-        canonical = encode(value)
-    except (cbor2.CBORError, ValueError, TypeError, OverflowError, RecursionError) as broken:
-        raise BadObject(why=f"not DAG-CBOR: {broken}") from None
-    if canonical != data:
-        raise BadObject(why="not canonical DAG-CBOR")
-    if not isinstance(value, dict):
-        raise BadObject(why="not a map")
-    return value
-
-
-def _need(ok: bool, why: str) -> None:
-    if not ok:
-        raise BadObject(why=why)
-
-
-def _take(value: dict[str, Any], kind: str, *fields: str) -> list[Any]:
-    _need(value.get("kind") == kind, f"not a {kind}")
-    _need(value.get("v") == 1 and value["v"] is not True, f"a {kind} of unknown version")
-    _need(value.keys() == {"v", "kind", *fields}, f"a {kind} with other fields than it has")
-    return [value[f] for f in fields]
-
-
-def _count(value: Any, most: int, what: str) -> int:
-    _need(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most, what)
-    return int(value)
 
 
 # --- content ---------------------------------------------------------------------------
@@ -148,13 +73,13 @@ class Content:
 
     @classmethod
     def decode(cls, data: bytes) -> Content:
-        size, chunk_size, pages = _take(decode(data), "content", "size", "chunk_size", "pages")
-        _need(chunk_size == CHUNK_SIZE, "a chunk size we do not know")
-        size = _count(size, SIZE_MAX, "size")
-        _need(size > 0, "an empty content")
-        _need(isinstance(pages, list) and all(p is None or isinstance(p, Cid) for p in pages), "pages")
+        size, chunk_size, pages = take(decode(data), "content", "size", "chunk_size", "pages")
+        need(chunk_size == CHUNK_SIZE, "a chunk size we do not know")
+        size = bounded(size, SIZE_MAX, "size")
+        need(size > 0, "an empty content")
+        need(isinstance(pages, list) and all(p is None or isinstance(p, Cid) for p in pages), "pages")
         content = cls(size, chunk_size, tuple(pages))
-        _need(len(pages) == -(-content.positions // PAGE_SPAN), "the number of pages")
+        need(len(pages) == -(-content.positions // PAGE_SPAN), "the number of pages")
         return content
 
 
@@ -179,11 +104,11 @@ def encode_page(names: Sequence[bytes | None]) -> bytes | None:
 
 def decode_page(data: bytes, positions: int) -> Names:
     """The names of a page that must tell exactly `positions` positions."""
-    runs, packed = _take(decode(data), "page", "runs", "names")
-    _need(isinstance(runs, list) and isinstance(packed, bytes), "page")
-    runs = [_count(r, PAGE_SPAN, "run") for r in runs]
-    _need(sum(runs) == positions and sum(runs[1::2]) * DIGEST_SIZE == len(packed), "runs")
-    _need(all(r > 0 for r in runs[1:]) and len(runs) > 1, "an empty run")
+    runs, packed = take(decode(data), "page", "runs", "names")
+    need(isinstance(runs, list) and isinstance(packed, bytes), "page")
+    runs = [bounded(r, PAGE_SPAN, "run") for r in runs]
+    need(sum(runs) == positions and sum(runs[1::2]) * DIGEST_SIZE == len(packed), "runs")
+    need(all(r > 0 for r in runs[1:]) and len(runs) > 1, "an empty run")
     names: Names = []
     at = 0
     for i, run in enumerate(runs):
@@ -261,12 +186,12 @@ class Pack:
     @classmethod
     def decode(cls, data: bytes) -> Pack:
         """Raises `BadObject` when the signature does not hold, too."""
-        content, count, pages, signer, signature = _take(
+        content, count, pages, signer, signature = take(
             decode(data), "pack", "content", "count", "pages", "signer", "signature"
         )
-        count = _count(count, SIZE_MAX // CHUNK_SIZE, "count")
-        _need(isinstance(content, Cid) and isinstance(pages, list), "pack")
-        _need(all(isinstance(p, Cid) for p in pages) and len(pages) == -(-count // PAGE_SPAN), "pages")
+        count = bounded(count, SIZE_MAX // CHUNK_SIZE, "count")
+        need(isinstance(content, Cid) and isinstance(pages, list), "pack")
+        need(all(isinstance(p, Cid) for p in pages) and len(pages) == -(-count // PAGE_SPAN), "pages")
         pack = cls(content, count, tuple(pages), signer, signature)
         _verify(pack.DOMAIN, pack._fields(), signer, signature)
         return pack
@@ -298,13 +223,13 @@ def read_frames(pack: Pack, get: Callable[[Cid], bytes]) -> Frames:
     left = pack.count
     for page in pack.pages:
         span = min(PAGE_SPAN, left)
-        packed, hashes = _take(decode(get(page)), "frames", "lengths", "digests")
-        _need(isinstance(packed, bytes) and isinstance(hashes, bytes), "frames")
-        _need(len(packed) == 4 * span and len(hashes) == DIGEST_SIZE * span, "the number of frames")
+        packed, hashes = take(decode(get(page)), "frames", "lengths", "digests")
+        need(isinstance(packed, bytes) and isinstance(hashes, bytes), "frames")
+        need(len(packed) == 4 * span and len(hashes) == DIGEST_SIZE * span, "the number of frames")
         lengths += [int.from_bytes(packed[i : i + 4], "big") for i in range(0, len(packed), 4)]
         digests += [hashes[i : i + DIGEST_SIZE] for i in range(0, len(hashes), DIGEST_SIZE)]
         left -= span
-    _need(all(0 < n <= FRAME_MAX for n in lengths), "the length of a frame")
+    need(all(0 < n <= FRAME_MAX for n in lengths), "the length of a frame")
     return Frames(tuple(lengths), tuple(digests))
 
 
@@ -358,11 +283,11 @@ class Recipe:
 
     @classmethod
     def decode(cls, data: bytes) -> Recipe:
-        form, exact, size, pages = _take(decode(data), "recipe", "format", "exact", "size", "pages")
-        _need(form in FORMATS and isinstance(exact, bool), "a format we do not know")
-        _need(isinstance(pages, list) and all(isinstance(p, Cid) for p in pages), "pages")
-        _need(exact or not pages, "pages of a recipe that is not exact")
-        return cls(form, exact, _count(size, 2 * SIZE_MAX, "size"), tuple(pages))
+        form, exact, size, pages = take(decode(data), "recipe", "format", "exact", "size", "pages")
+        need(form in FORMATS and isinstance(exact, bool), "a format we do not know")
+        need(isinstance(pages, list) and all(isinstance(p, Cid) for p in pages), "pages")
+        need(exact or not pages, "pages of a recipe that is not exact")
+        return cls(form, exact, bounded(size, 2 * SIZE_MAX, "size"), tuple(pages))
 
 
 def encode_segments(segments: Iterable[Segment]) -> bytes:
@@ -380,20 +305,22 @@ def encode_segments(segments: Iterable[Segment]) -> bytes:
 
 
 def decode_segments(data: bytes) -> list[Segment]:
-    (packed,) = _take(decode(data), "segments", "segments")
-    _need(isinstance(packed, list), "segments")
+    (packed,) = take(decode(data), "segments", "segments")
+    need(isinstance(packed, list), "segments")
     segments: list[Segment] = []
     for item in packed:
         match item:
             case [0, int(offset), int(length)]:
-                segments.append(Guest(_count(offset, SIZE_MAX, "offset"), _count(length, SIZE_MAX, "length")))
+                segments.append(
+                    Guest(bounded(offset, SIZE_MAX, "offset"), bounded(length, SIZE_MAX, "length"))
+                )
             case [1, bytes(literal)] if len(literal) <= LITERAL_MAX:
                 segments.append(Literal(literal))
             case [2, int(length)]:
-                segments.append(Zeros(_count(length, 2 * SIZE_MAX, "length")))
+                segments.append(Zeros(bounded(length, 2 * SIZE_MAX, "length")))
             case _:
                 raise BadObject(why="a segment of unknown kind")
-    _need(encode_segments(segments) == data, "segments spelled in another way")
+    need(encode_segments(segments) == data, "segments spelled in another way")
     return segments
 
 
@@ -437,10 +364,10 @@ class Disk:
     @classmethod
     def decode(cls, data: bytes) -> Disk:
         """Raises `BadObject` when the signature does not hold, too."""
-        content, pack, recipe, signer, signature = _take(
+        content, pack, recipe, signer, signature = take(
             decode(data), "disk", "content", "pack", "recipe", "signer", "signature"
         )
-        _need(all(isinstance(c, Cid) for c in (content, pack, recipe)), "links")
+        need(all(isinstance(c, Cid) for c in (content, pack, recipe)), "links")
         disk = cls(content, pack, recipe, signer, signature)
         _verify(disk.DOMAIN, disk._fields(), signer, signature)
         return disk
@@ -484,23 +411,23 @@ class Tree:
     @classmethod
     def decode(cls, data: bytes) -> Tree:
         """Raises `BadObject` for a path that could leave its folder, and for a bad signature."""
-        rows, content, pack, signer, signature = _take(
+        rows, content, pack, signer, signature = take(
             decode(data), "tree", "files", "content", "pack", "signer", "signature"
         )
-        _need(isinstance(rows, list), "files")
+        need(isinstance(rows, list), "files")
         files: list[File] = []
         for row in rows:
             match row:
                 case [str(path), int(size), bool(executable)] if safe_path(path):
-                    files.append(File(path, _count(size, SIZE_MAX, "size"), executable))
+                    files.append(File(path, bounded(size, SIZE_MAX, "size"), executable))
                 case _:
                     raise BadObject(why="a file with an unsafe path or other fields than it has")
         paths = {f.path for f in files}
-        _need(len(paths) == len(files), "a path twice")
-        _need(paths.isdisjoint(_folders(paths)), "a file that is a folder, too")
-        _need(all(c is None or isinstance(c, Cid) for c in (content, pack)), "links")
+        need(len(paths) == len(files), "a path twice")
+        need(paths.isdisjoint(_folders(paths)), "a file that is a folder, too")
+        need(all(c is None or isinstance(c, Cid) for c in (content, pack)), "links")
         empty = sum(f.size for f in files) == 0
-        _need((content is None) == empty and (pack is None) == empty, "links")
+        need((content is None) == empty and (pack is None) == empty, "links")
         tree = cls(tuple(files), content, pack, signer, signature)
         _verify(tree.DOMAIN, tree._fields(), signer, signature)
         return tree
@@ -542,8 +469,8 @@ def signed(thing: Pack | Disk | Tree, key: SigningKey) -> Any:
 
 
 def _verify(domain: bytes, fields: dict[str, Any], signer: Any, signature: Any) -> None:
-    _need(isinstance(signer, bytes) and len(signer) == 32, "the signer")
-    _need(isinstance(signature, bytes) and len(signature) == 64, "the signature's length")
+    need(isinstance(signer, bytes) and len(signer) == 32, "the signer")
+    need(isinstance(signature, bytes) and len(signature) == 64, "the signature's length")
     try:
         VerifyKey(signer).verify(domain + encode(fields), signature)
     except (BadSignatureError, ValueError):

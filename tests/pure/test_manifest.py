@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
 from p2pgrid.dht import manifest
+from p2pgrid.dht.dagcbor import decode, encode
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     FORMATS,
@@ -29,11 +30,9 @@ from p2pgrid.dht.manifest import (
     Recipe,
     Tree,
     Zeros,
-    decode,
     decode_datum,
     decode_page,
     decode_segments,
-    encode,
     encode_frames,
     encode_page,
     encode_segments,
