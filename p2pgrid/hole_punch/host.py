@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,6 +32,7 @@ from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.rcmgr import new_resource_manager
 from libp2p.rcmgr.connection_limits import ConnectionLimits
 from libp2p.rcmgr.manager import ResourceLimits
@@ -43,9 +44,9 @@ from libp2p.transport.exceptions import MuxerUpgradeFailure
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.utils.address_validation import get_available_interfaces
 from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
 from p2pgrid.errors import Misconfigured, Unreachable
+from p2pgrid.hole_punch.addresses import bare, is_loopback, listening
 from p2pgrid.hole_punch.channel import TROUBLE, ControlChannel, answer, plain, reason
 from p2pgrid.ids import PeerId
 from p2pgrid.net import Channel, Serve
@@ -106,13 +107,13 @@ class Host:
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Newest first; what is not an address for TCP is passed over."""
-        fresh = [bare for address in addresses if (bare := _bare(address))]
+        fresh = [dialled for address in addresses if (dialled := bare(address))]
         known = self._learned.get(peer, ())
         self._learned[peer] = tuple(dict.fromkeys((*fresh, *known)))[:ADDRESSES_MAX]
 
     def addresses_of(self, peer: PeerId) -> Sequence[str]:
         try:
-            stored = [_bare(str(a)) for a in self.libp2p.get_peerstore().addrs(ID.from_base58(peer))]
+            stored = [bare(str(a)) for a in self.libp2p.get_peerstore().addrs(ID.from_base58(peer))]
         except (PeerStoreError, ValueError):
             stored = []
         known = dict.fromkeys((*self._learned.get(peer, ()), *filter(None, stored)))
@@ -122,25 +123,38 @@ class Host:
         self.libp2p.set_stream_handler(protocol, functools.partial(answer, self._nursery, serve))
 
     async def open(self, peer: PeerId, protocol: str) -> Channel:
-        """A connection found stale is closed and dialled once more; one just dialled is not."""
+        """Connections found stale are closed, then one is dialled; that one is not doubted again."""
         name = _parsed(peer)
-        for fresh in (False, True):
+        while True:
             live = self._live(name)
-            if live is None:
+            dialled = live is None
+            if dialled:
                 await self._reach(peer)
-                live, fresh = self._live(name), True
+                live = self._live(name)
+            if live is None:
+                raise Unreachable(who=peer, why="the connection ended as soon as it was there")
             try:
-                with trio.fail_after(STREAM_PATIENCE):
-                    stream = await self.libp2p.new_stream(name, [protocol])
-                return ControlChannel(peer, stream, self._nursery)
+                return ControlChannel(peer, await self._stream(live, protocol), self._nursery)
             except TROUBLE as trouble:
                 if _speaks_not(trouble):
                     raise Unreachable(who=peer, why=f"it does not speak {protocol}") from None
-                if live is not None:
-                    await _close(live)
-                if fresh:
+                await _close(live)
+                if dialled:
                     raise Unreachable(who=peer, why=f"no stream: {reason(trouble)}") from None
-        raise AssertionError("the second attempt returns or raises")
+
+    async def _stream(self, connection: Any, protocol: str) -> Any:
+        """A stream on this very connection; libp2p would choose among several, stale ones too."""
+        with trio.fail_after(STREAM_PATIENCE):
+            stream = await connection.new_stream()
+            try:
+                talk = MultiselectCommunicator(stream)
+                await self.libp2p.multiselect_client.select_one_of([protocol], talk, math.inf)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await stream.reset()
+                raise
+        stream.set_protocol(protocol)
+        return stream
 
     async def reach(self, peer: PeerId) -> None:
         """Have a connection to `peer`; raises `Unreachable`."""
@@ -172,7 +186,7 @@ class Host:
     async def _dial(self, peer: PeerId, dial: _Dial) -> None:
         """Addresses side by side, each a moment after the one before; the first that answers wins."""
         name, found, failures = ID.from_base58(peer), trio.Event(), []
-        addresses = sorted(self.addresses_of(peer), key=_is_loopback)[:ADDRESSES_MAX]
+        addresses = sorted(self.addresses_of(peer), key=is_loopback)[:ADDRESSES_MAX]
 
         async def attempt(address: str, failed: trio.Event) -> None:
             try:
@@ -255,7 +269,7 @@ async def open_host(seed: bytes, listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0"
     """
     assert len(seed) == 32
     _silence()
-    addresses = [_listening(address) for address in listen]
+    addresses = [listening(address) for address in listen]
     libp2p = _new_host(seed)
     with plain():
         async with trio.open_nursery() as nursery:
@@ -356,44 +370,6 @@ def _parsed(peer: PeerId) -> Any:
     if len(name.to_bytes()) != 38 or not peer.startswith("12D3KooW"):
         raise Unreachable(who=peer, why="that is not a peer id")
     return name
-
-
-def _bare(address: str) -> str:
-    """`address` without /p2p/…, or nothing if TCP cannot dial it."""
-    bare = address.partition("/p2p/")[0]
-    try:
-        protocols = [protocol.name for protocol in Multiaddr(bare).protocols()]
-    except (MultiaddrError, ValueError):
-        return ""
-    usable = (
-        len(protocols) == 2
-        and protocols[1] == "tcp"
-        and protocols[0] in ("ip4", "ip6", "dns", "dns4", "dns6")
-    )
-    return bare if usable else ""
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith(("/ip4/127.", "/ip6/::1/"))
-
-
-def _listening(address: str) -> Multiaddr:
-    """`address`, free for us alone: libp2p would share a port with another daemon of ours."""
-    try:
-        parsed = Multiaddr(address)
-        family, port = (p.name for p in parsed.protocols())
-        host, number = parsed.value_for_protocol(family), int(parsed.value_for_protocol(port))
-    except (MultiaddrError, ValueError):
-        raise Misconfigured(why=f"{address!r} is not of the form /ip4/ADDRESS/tcp/PORT") from None
-    if family not in ("ip4", "ip6") or port != "tcp":
-        raise Misconfigured(why=f"{address!r} is not of the form /ip4/ADDRESS/tcp/PORT")
-    with socket.socket(socket.AF_INET if family == "ip4" else socket.AF_INET6) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, number))
-        except OSError as taken:
-            raise Misconfigured(why=f"cannot listen on {address}: {taken.strerror}") from None
-    return parsed
 
 
 def _expand(addresses: list[Multiaddr]) -> list[Multiaddr]:

@@ -276,13 +276,26 @@ async def test_listening_everywhere_announces_addresses_that_can_be_dialled():
             assert await say(bert, anna.me, "hello") == "hello"
 
 
+async def test_both_dial_at_once_and_each_is_heard():
+    async with hosts(2) as (anna, bert):
+        anna.learn(bert.me, bert.addresses)
+        for host in (anna, bert):
+            host.serve(ECHO, echo)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say, anna, bert.me, "hello")
+            nursery.start_soon(say, bert, anna.me, "hello")
+        assert anna._swarm.get_connections()
+        assert await say(anna, bert.me, "again") == "again"
+
+
 # --- other processes -------------------------------------------------------------------
 
 
 def start(of_seed, port):
     process = subprocess.Popen(
-        [sys.executable, "-W", "error::ResourceWarning", echo_host.__file__, of_seed.hex(), str(port)],
+        [sys.executable, "-X", "dev", echo_host.__file__, of_seed.hex(), str(port)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     return process, process.stdout.readline().strip()
@@ -295,8 +308,8 @@ async def running(of_seed, port):
         yield process, address
     finally:
         process.kill()
-        process.wait()
-        process.stdout.close()
+        _, said = process.communicate()
+        assert [line for line in said.splitlines() if "Deprecat" not in line and ": " in line] == []
 
 
 async def test_a_peer_killed_and_started_again_is_found_by_the_next_open():
@@ -315,6 +328,23 @@ async def test_a_peer_killed_and_started_again_is_found_by_the_next_open():
         async with running(seed(1), port):
             with trio.fail_after(5):  # no memory of the failed dial is kept
                 assert await say(bert, anna, "back") == "back"
+
+
+async def test_strangers_and_the_killed_leave_no_word_on_the_terminal_and_no_trouble():
+    """Noise on the port, and clients that vanish with streams open."""
+    async with running(seed(1), 0) as (_, address):
+        anna, port = PeerId(address.rpartition("/")[2]), int(address.split("/")[4])
+        with trio.fail_after(PATIENCE):
+            for noise in (b"", b"\x13/multistream/1.0.0\n", b"\xff" * 5000, b"GET / HTTP/1.1\r\n\r\n"):
+                stream = await trio.open_tcp_stream("127.0.0.1", port)
+                await stream.send_all(noise)
+                await trio.aclose_forcefully(stream)
+            async with open_host(seed(2)) as bert:
+                bert.learn(anna, [address])
+                await (await bert.open(anna, ECHO)).send(Say("x"))
+            async with open_host(seed(3)) as carl:
+                carl.learn(anna, [address])
+                assert await say(carl, anna, "fine") == "fine"
 
 
 async def test_a_peer_that_stopped_answering_is_dialled_anew(monkeypatch):
