@@ -18,6 +18,9 @@ from p2pgrid.hole_punch.path import Address
 
 T = TypeVar("T")
 
+UNSENT = 256 << 10
+"""Bytes that the kernel takes beyond those under way: what lies there can no longer be chosen."""
+
 
 def bare(sock: trio.socket.SocketType) -> socket.socket:
     """The socket without trio around it, tuned: still non-blocking."""
@@ -25,12 +28,17 @@ def bare(sock: trio.socket.SocketType) -> socket.socket:
     bare.setblocking(False)
     bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     bare.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # A peer whose machine is gone is noticed within half a minute, sending or not.
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):
+    options = [
+        ("TCP_NOTSENT_LOWAT", UNSENT),
+        # A peer whose machine is gone is noticed within half a minute, sending or not.
+        ("TCP_KEEPIDLE", 10),
+        ("TCP_KEEPINTVL", 5),
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", 30_000),
+    ]
+    for option, value in options:
+        if hasattr(socket, option):  # they differ by system; none is needed to be right
             bare.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
     return bare
 
 

@@ -29,8 +29,8 @@ from p2pgrid.hole_punch.framing import Framing, header
 from p2pgrid.hole_punch.path import Way
 from p2pgrid.ids import PeerId
 
-LOW = 1 << 20
-"""Bytes queued below which the receiver is asked for more: some chunks, 8 ms at 1 Gbit/s."""
+LOW = 256 << 10
+"""Bytes queued below which the receiver is asked for more: a few chunks, so that it chooses late."""
 QUEUE_MAX = 32 << 20
 """Bytes queued beyond which the peer has stopped reading what it asked for."""
 BURST = 1 << 20

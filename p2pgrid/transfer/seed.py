@@ -38,17 +38,20 @@ TOPICS_MAX = 1024
 """Packs that one peer wants at once."""
 REQUESTS_MAX = 65536
 """Frames and objects that one peer may have asked for and not got yet."""
+CHOICE = 64
+"""Requests looked at for the one to serve next: a peer's whole window."""
 
 Wish = Open | Request | Cancel | GetObject | Close
 """The messages that ask for something."""
 
 
 class Audience:
-    """Who has opened which pack here, and under what number.  Thread-safe."""
+    """Who has opened which pack here, under what number, and what they were sent.  Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._topics: dict[Cid, dict[Link, int]] = {}
+        self._copies: dict[Cid, collections.Counter[int]] = {}
 
     def join(self, pack: Cid, link: Link, topic: int) -> None:
         with self._lock:
@@ -60,6 +63,17 @@ class Audience:
             topics.pop(link, None)
             if not topics:
                 self._topics.pop(pack, None)
+                self._copies.pop(pack, None)
+
+    def sent(self, pack: Cid, index: int) -> None:
+        with self._lock:
+            if pack in self._topics:
+                self._copies.setdefault(pack, collections.Counter())[index] += 1
+
+    def copies(self, pack: Cid | None, index: int) -> int:
+        """How often the chunk was sent while anybody had the pack open."""
+        copies = self._copies.get(pack) if pack is not None else None
+        return copies[index] if copies is not None else 0
 
     def of(self, pack: Cid) -> list[tuple[Link, int]]:
         with self._lock:
@@ -128,9 +142,9 @@ class Seeding:
             if self._objects:
                 self._send_object(self._objects.popleft())
             elif self._requests:
-                first = next(iter(self._requests))
-                del self._requests[first]
-                self._send_frame(*first)
+                topic, index = min(itertools.islice(self._requests, CHOICE), key=self._copies)
+                del self._requests[topic, index]
+                self._send_frame(topic, index)
             else:
                 return
 
@@ -154,16 +168,22 @@ class Seeding:
         except (BadObject, WorldError):
             return None
 
+    def _copies(self, request: tuple[int, int]) -> int:
+        topic, index = request
+        return self._audience.copies(self._topics.get(topic), index)
+
     def _send_frame(self, topic: int, index: int) -> None:
-        shelf = self._shelf(self._topics.get(topic))
+        pack = self._topics.get(topic)
+        shelf = self._shelf(pack)
         try:
-            if shelf is None:
+            if pack is None or shelf is None:
                 raise NotFound(what=f"topic {topic}")
             frame = shelf.get_frame(index)
         except (ChunkCorrupt, WorldError):
             self._link.send(*encode(Refuse(topic, index)))
             return
         self._link.send(*encode(Frame(topic, index, frame)))
+        self._audience.sent(pack, index)
         self._sent(len(frame))
 
     def _send_object(self, cid: Cid) -> None:
