@@ -75,4 +75,4 @@ class History:
         while self.schedule.deadline <= when:
             self.now = max(self.now, self.schedule.deadline)
             self.feed(Tick())
-        self.now = when
+        self.now = max(self.now, when)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from p2pgrid.ids import PeerId
 from p2pgrid.scheduler.catalogue import Catalogue
-from p2pgrid.scheduler.messages import HOLD_MAX, PROVIDERS_MAX, Orders, Provider, Wanted
+from p2pgrid.scheduler.messages import DROP_MAX, HOLD_MAX, PROVIDERS_MAX, Orders, Provider, Wanted
 from p2pgrid.scheduler.placement import Holder, Wish, expected_workers, should_hold
 from p2pgrid.scheduler.roster import Node, Roster
 from p2pgrid.scheduler.work import Work
@@ -63,7 +63,12 @@ class Errands:
         droppable = node.holds & self._catalogue.dropped
         droppable |= {d for d in node.holds & self._work.result_of.keys()
                       if d not in self._catalogue and self._work.droppable_result(d, node.peer)}  # fmt: skip
-        return Orders(tuple(hold[:HOLD_MAX]), tuple(sorted(droppable)), tuple(node.stops), self._interval)
+        return Orders(
+            tuple(hold[:HOLD_MAX]),
+            tuple(sorted(droppable)[:DROP_MAX]),
+            tuple(node.stops)[:DROP_MAX],
+            self._interval,
+        )
 
     def wanted(self, datum: str, peer: PeerId, reason: Literal["job", "replica"]) -> Wanted:
         """`datum` as something for `peer` to fetch."""

@@ -35,7 +35,8 @@ ARRAY_MAX = 10_000
 CidText = Annotated[str, Meta(pattern="^b[a-z2-7]{58}$", min_length=59, max_length=59)]
 """A CID in its base32 text form."""
 Name = Annotated[str, Meta(max_length=128)]
-Word = Annotated[str, Meta(min_length=1, max_length=64)]
+Word = Annotated[str, Meta(pattern="^[ -~]+$", min_length=1, max_length=64)]
+"""ASCII, so that its length is its size."""
 Note = Annotated[str, Meta(max_length=200)]
 """A sentence for people."""
 Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]

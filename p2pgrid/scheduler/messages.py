@@ -41,20 +41,24 @@ from p2pgrid.scheduler.job import (
 PROTOCOL = "/p2pgrid/coordinator/1"
 PATIENCE_MAX = 25.0
 """Seconds that a long poll may last: shorter than any NAT forgets, longer than most waits."""
-PAGE = 128
+PAGE = 96
 """Rows of one reply: well under `wire.BODY_MAX` even where every field is full."""
 
 HOLD_MAX = 64
 """Data that one answer tells a node to fetch; the others come with a later one."""
+DROP_MAX = 1024
+"""Data, and tasks, that one answer takes back."""
 ADDRESSES_MAX = 8
 """Addresses that a node tells of itself."""
 PROVIDERS_MAX = 8
 """Peers named with a datum to fetch; `Providers` tells up to 64."""
 
-Peer = Annotated[str, Meta(min_length=1, max_length=128)]
-Addresses = Annotated[tuple[Annotated[str, Meta(max_length=192)], ...], Meta(max_length=ADDRESSES_MAX)]
+Peer = Annotated[str, Meta(pattern="^[!-~]+$", min_length=1, max_length=128)]
+Addresses = Annotated[
+    tuple[Annotated[str, Meta(pattern="^[!-~]+$", max_length=192)], ...], Meta(max_length=ADDRESSES_MAX)
+]
 Shares = Annotated[tuple[Word, ...], Meta(max_length=32)]
-Id = Annotated[str, Meta(min_length=1, max_length=64)]
+Id = Annotated[str, Meta(pattern="^[!-~]+$", min_length=1, max_length=64)]
 Epoch = Annotated[int, Meta(ge=1, le=1 << 62)]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Patience = Annotated[float, Meta(ge=0, le=PATIENCE_MAX)]
@@ -288,8 +292,8 @@ class Orders(Message, frozen=True):
     """What a node shall hold (fetch it), drop, and stop; beat again within `interval` seconds."""
 
     hold: Annotated[tuple[Wanted, ...], Meta(max_length=HOLD_MAX)] = ()
-    drop: Annotated[tuple[CidText, ...], Meta(max_length=8192)] = ()
-    stop: Annotated[tuple[Id, ...], Meta(max_length=4096)] = ()
+    drop: Annotated[tuple[CidText, ...], Meta(max_length=DROP_MAX)] = ()
+    stop: Annotated[tuple[Id, ...], Meta(max_length=DROP_MAX)] = ()
     """Tasks whose lease was taken back."""
     interval: Seconds = 5.0
 
