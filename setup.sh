@@ -48,26 +48,19 @@ missing_packages() {
     ready || missing_for_venv
 }
 
-# PyPI has no wheel of crcmod, nor of fastecdsa for Python 3.13 and newer: they are compiled.
 missing_for_venv() {
-    local python version minor
+    local python version=python3
     python=$(find_python)
     if [ -n "$python" ]; then
-        minor=$("$python" -c 'import sys; print(sys.version_info.minor)')
-        version=python3.$minor
+        version=$("$python" -c 'import sys; print("python3.%d" % sys.version_info.minor)')
+        ! "$python" -c 'import ensurepip, venv' 2>/dev/null || return 0
     elif have python3; then
-        version=python3.11 minor=11 # Ubuntu 22.04: python3 is older, a newer one has its own name
+        version=python3.11 # Ubuntu 22.04: python3 is older, a newer one has its own name
         echo $version
     else
-        python=python3 version=python3 minor=
         echo python3
     fi
-    [ -n "$python" ] && "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "$version-venv"
-    [ -n "$python" ] && "$python" -c 'import os, sys, sysconfig
-sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null || echo "$version-dev"
-    have gcc || echo gcc
-    [ -e /usr/include/stdio.h ] || echo libc6-dev
-    [ "$minor" = 11 ] || [ "$minor" = 12 ] || [ -e /usr/include/gmp.h ] || [ -e /usr/include/x86_64-linux-gnu/gmp.h ] || echo libgmp-dev
+    echo "$version-venv"
 }
 
 as_root() {
@@ -95,11 +88,12 @@ install_venv() {
     local quiet=-q
     ! ready || return 0
     .venv/bin/python -m pip --version >/dev/null 2>&1 || "$(find_python)" -m venv --clear .venv
-    say "Installing $(grep -c '^[a-z0-9]' "$lock") locked packages from PyPI into .venv (one to three minutes)"
+    say "Installing $(grep -c '^[a-z0-9]' "$lock") locked packages from PyPI into .venv (a minute or two)"
     [ ! -t 2 ] || quiet=
     pip_install() { .venv/bin/python -m pip install --disable-pip-version-check --no-input "$@" >&2; }
     pip_install -q --require-hashes -r requirements-build.lock
-    pip_install $quiet --require-hashes --no-build-isolation -r "$lock"
+    # The lock is complete, and in two places it knows better than the packages' own pins: no resolving.
+    pip_install $quiet --no-deps --require-hashes --no-build-isolation -r "$lock"
     pip_install -q --no-deps --no-build-isolation -e .
     stamp "$lock" >".venv/.ready-$lock"
 }
