@@ -106,7 +106,12 @@ async def test_a_provider_is_found_and_reached_by_a_node_that_knows_only_the_fir
 
 async def test_clients_stay_out_of_the_routing_tables():
     async with grid() as nodes:
-        await settle(nodes, nodes[:3])
+        servers, clients = nodes[:3], nodes[3:]
+        await settle(nodes, servers)
+        for client in clients:
+            await client.index.find(key(1))  # whoever asks is no server for that
+            for server in servers:
+                assert set(server.index.servers) <= {s.network.me for s in servers}
 
 
 async def test_the_index_goes_on_without_the_first_node():
