@@ -97,7 +97,11 @@ def stop(home: Path) -> None:
     except ProcessLookupError:
         return
     try:
-        api.call(home, "stop")
+        try:
+            api.call(home, "stop")
+        except api.Told as told:
+            if told.kind != "Ended":  # it may be gone before it could say so
+                raise
         gone, _, _ = select.select([process], [], [], STOP_PATIENCE)
         if not gone:
             raise api.Told(

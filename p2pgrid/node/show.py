@@ -131,7 +131,7 @@ def status(v: Answer) -> str:
 def exit_code(view: Answer) -> int:
     """What `run` and `job wait` exit with: the guests' first status that is not 0."""
     for task in view["tasks"]:
-        if task["state"] in ("error", "cancelled"):
+        if task["state"] in ("error", "cancelled") or (task["state"] == "failed" and task["exit"] is None):
             return GRID_FAILURE
         if task["exit"]:
             return int(task["exit"])
