@@ -9,8 +9,9 @@ import attrs
 from p2pgrid.ids import Cid, PeerId, digest
 from p2pgrid.machine import Tick
 from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.events import Answer, Called, Event, Rules, Save
 from p2pgrid.scheduler.job import ResultTree
-from p2pgrid.scheduler.schedule import Answer, Called, Event, Rules, Save, Schedule
+from p2pgrid.scheduler.schedule import Schedule
 from tests.memory_ledger import MemoryLedger
 
 OWNER = PeerId("owner")

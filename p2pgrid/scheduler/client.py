@@ -29,6 +29,15 @@ ANSWER_MAX = 30.0
 R = TypeVar("R", bound=m.Reply)
 
 
+def _checked(request: m.Request) -> m.Request:
+    """`request` as the coordinator would read it; raises `Misused` where it would refuse to."""
+    try:
+        checked: m.Request = wire.decode(wire.encode(request)[wire.HEADER :], m.Request)
+    except BadFrame as broken:
+        raise Misused(why=broken.why) from None
+    return checked
+
+
 class Calls(ABC):
     """The calls, whatever carries them."""
 
@@ -37,7 +46,7 @@ class Calls(ABC):
         """Carry `request`; raises `Unreachable`."""
 
     async def _ask(self, request: m.Request, kind: type[R]) -> R:
-        reply = await self._call(request)
+        reply = await self._call(_checked(request))
         if isinstance(reply, m.Failure):
             raise m.raised(reply)
         if not isinstance(reply, kind):
@@ -66,7 +75,7 @@ class Calls(ABC):
         self, free: m.Capacity, working: tuple[str, ...] = (), patience: float = 20.0
     ) -> m.Grant | None:
         """One task, or None after `patience` seconds (at most 25)."""
-        reply = await self._call(m.Pull(free, working, patience))
+        reply = await self._call(_checked(m.Pull(free, working, patience)))
         match reply:
             case m.Grant():
                 return reply
@@ -176,14 +185,10 @@ class Coordinator(Calls):
 
 @attrs.define
 class LocalCoordinator(Calls):
-    """The coordinator that runs in this process, called as `me`, within the same bounds."""
+    """The coordinator that runs in this process, called as `me`."""
 
     answer: Callable[[PeerId, m.Request], Awaitable[m.Reply]]
     me: PeerId
 
     async def _call(self, request: m.Request) -> m.Reply:
-        try:
-            checked = wire.decode(wire.encode(request)[wire.HEADER :], m.Request)
-        except BadFrame as broken:
-            raise Misused(why=broken.why) from None
-        return await self.answer(self.me, checked)
+        return await self.answer(self.me, request)

@@ -28,9 +28,10 @@ from p2pgrid.machine import Tick
 from p2pgrid.net import Channel, Network
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import LocalCoordinator
+from p2pgrid.scheduler.events import Answer, Called, Event, Hung, Rules, Save, Undelivered
 from p2pgrid.scheduler.facts import Ledger
 from p2pgrid.scheduler.members import Admission
-from p2pgrid.scheduler.schedule import Answer, Called, Event, Hung, Rules, Save, Schedule, Undelivered
+from p2pgrid.scheduler.schedule import Schedule
 
 log = structlog.get_logger(__name__)
 

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import attrs
 import msgspec
 
 from p2pgrid.errors import Conflict, GridError, NotAuthorised
 from p2pgrid.ids import PeerId
-from p2pgrid.machine import Tick
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.catalogue import Catalogue
 from p2pgrid.scheduler.errands import Errands, gist
+from p2pgrid.scheduler.events import Answer, Called, Effect, Event, Hung, Rules, Save, Undelivered
 from p2pgrid.scheduler.facts import Past, Row
 from p2pgrid.scheduler.job import Revoked, Task
 from p2pgrid.scheduler.members import Admission, Members
@@ -35,65 +34,6 @@ from p2pgrid.scheduler.placement import fits
 from p2pgrid.scheduler.roster import Node, Roster
 from p2pgrid.scheduler.submissions import Submissions
 from p2pgrid.scheduler.work import Lease, Work
-
-
-@attrs.frozen
-class Rules:
-    """Times in seconds."""
-
-    lease_ttl: float = 30.0
-    beat_interval: float = 5.0
-    lost_after: float = 20.0
-    """Silence after which a node is offline."""
-    backoff_max: float = 60.0
-    """Longest time for which a node does not get a task again that it could not start."""
-    fairness: float = 60.0
-    """Age at which a task is no longer passed over for one whose disk is at hand."""
-
-
-@attrs.frozen
-class Called:
-    """`peer` asks; `call` names the answer, `chance` (7 bytes) a new job."""
-
-    call: int
-    peer: PeerId
-    request: m.Request
-    chance: bytes = b""
-    admission: Admission | None = None
-
-
-@attrs.frozen
-class Hung:
-    """The caller does not wait any more."""
-
-    call: int
-
-
-@attrs.frozen
-class Undelivered:
-    """A grant could not be told to its worker."""
-
-    task: str
-    epoch: int
-
-
-@attrs.frozen
-class Save:
-    """Keep `row` in the ledger."""
-
-    row: Row
-
-
-@attrs.frozen
-class Answer:
-    """Tell the caller of `call`, after all rows of the step are saved."""
-
-    call: int
-    reply: m.Reply
-
-
-Event = Called | Hung | Undelivered | Tick
-Effect = Save | Answer
 
 
 class Schedule:

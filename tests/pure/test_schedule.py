@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.events import Rules, Undelivered
 from p2pgrid.scheduler.job import FINAL, JobSpec, Outcome
-from p2pgrid.scheduler.schedule import Rules, Undelivered
 from tests.schedule_history import OWNER, History, Pass, cid, tree
 
 GIB = 1 << 30

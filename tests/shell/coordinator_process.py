@@ -17,8 +17,8 @@ from p2pgrid import wire
 from p2pgrid.ids import PeerId
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.coordinator import Desk, serve_coordinator
+from p2pgrid.scheduler.events import Rules
 from p2pgrid.scheduler.ledger import SqliteLedger
-from p2pgrid.scheduler.schedule import Rules
 
 OWNER = PeerId("owner")
 
