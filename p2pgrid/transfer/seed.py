@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import threading
 from collections.abc import Callable
 
@@ -142,9 +143,9 @@ class Seeding:
             if self._objects:
                 self._send_object(self._objects.popleft())
             elif self._requests:
-                topic, index = min(itertools.islice(self._requests, CHOICE), key=self._copies)
-                del self._requests[topic, index]
-                self._send_frame(topic, index)
+                request = self._choose()
+                del self._requests[request]
+                self._send_frame(*request)
             else:
                 return
 
@@ -168,9 +169,16 @@ class Seeding:
         except (BadObject, WorldError):
             return None
 
-    def _copies(self, request: tuple[int, int]) -> int:
-        topic, index = request
-        return self._audience.copies(self._topics.get(topic), index)
+    def _choose(self) -> tuple[int, int]:
+        """The request to serve next; the first one for a chunk that nobody was sent yet, as a rule."""
+        best, fewest = (0, 0), math.inf
+        for topic, index in itertools.islice(self._requests, CHOICE):
+            copies = self._audience.copies(self._topics.get(topic), index)
+            if copies < fewest:
+                best, fewest = (topic, index), copies
+                if copies == 0:
+                    break
+        return best
 
     def _send_frame(self, topic: int, index: int) -> None:
         pack = self._topics.get(topic)

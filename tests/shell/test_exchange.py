@@ -15,9 +15,23 @@ import trio
 
 from p2pgrid.dht.manifest import Disk, Recipe, signed
 from p2pgrid.dht.store import Store
-from p2pgrid.errors import NoSpace, NotFound
-from p2pgrid.ids import PeerId
+from p2pgrid.errors import BadFrame, NoSpace, NotFound
+from p2pgrid.hole_punch.bulk import Link, open_links
+from p2pgrid.ids import DAG_CBOR, Cid, PeerId
+from p2pgrid.transfer import messages
 from p2pgrid.transfer.exchange import Exchange, Progress, open_exchange
+from p2pgrid.transfer.messages import (
+    Bitfield,
+    Frame,
+    GetObject,
+    Have,
+    NoObject,
+    Object,
+    Open,
+    Refuse,
+    Request,
+)
+from p2pgrid.transfer.seed import REQUESTS_MAX, Audience, Seeding
 from tests.memory_network import MemoryNetwork, MemoryWorld, open_world
 from tests.small_disks import KEY, SmallDisk, small_disk
 
@@ -308,3 +322,64 @@ async def test_a_full_disk_ends_the_fetch_with_what_the_store_says(
         monkeypatch.setattr(worker.store.shelf(disk.pack), "put_frame", full)
         with pytest.raises(NoSpace):
             await worker.exchange.fetch(disk.datum, know(worker, putter))
+
+
+class Rogue:
+    """A member that says what it likes; a receiver."""
+
+    def __init__(self) -> None:
+        self.token = trio.lowlevel.current_trio_token()
+        self.heard, self.messages = trio.open_memory_channel[messages.Message | str](100_000)
+
+    def __call__(self, link: Link) -> Rogue:
+        return self
+
+    def received(self, message: memoryview) -> None:
+        self.token.run_sync_soon(self.heard.send_nowait, messages.decode(bytes(message)))
+
+    def drained(self) -> None:
+        pass
+
+    def left(self, why: str) -> None:
+        self.token.run_sync_soon(self.heard.send_nowait, why)
+
+
+async def test_what_a_rogue_says_is_refused_or_ends_its_link_only(tmp_path: Path) -> None:
+    disk = small_disk(range(1, 20))
+    with trio.fail_after(30):
+        async with open_world() as world, open_node(world, "node", tmp_path) as node:
+            hold(node, disk)
+            network, rogue = world.join("rogue"), Rogue()
+            network.learn(node.me, node.network.addresses)
+            async with open_links(network, LOOPBACK, rogue) as links:
+
+                async def say(*said: messages.Message | bytes) -> messages.Message | str:
+                    link = await links.link(node.me)
+                    for one in said:
+                        link.send(*(messages.encode(one) if not isinstance(one, bytes) else (one,)))
+                    return await rogue.messages.receive()
+
+                nothing = Cid(DAG_CBOR, bytes(32))
+                assert await say(Request(7, (3,))) == Refuse(7, 3)
+                assert await say(GetObject(nothing)) == NoObject(nothing)
+                assert isinstance(await say(Open(1, disk.pack)), Bitfield)
+                assert await say(Request(1, (2**32 - 1,))) == Refuse(1, 2**32 - 1)
+                assert await say(Open(2, nothing), Request(2, (0,))) == Refuse(2, 0)
+                frame = await say(
+                    Frame(3, 0, b"unasked"), Bitfield(3, 0, b"x"), Have(3, (1,)), Request(1, (0,))
+                )
+                assert frame == Frame(1, 0, disk.frames[0])
+                assert isinstance(await say(Open(1, nothing)), str)  # the link ended
+                assert isinstance(await say(b"\x63noise"), str)
+                assert await say(GetObject(disk.datum)) == Object(disk.datum, disk.objects[-1])
+
+
+def test_more_requests_than_anyone_needs_are_a_bad_frame(tmp_path: Path) -> None:
+    with Store(tmp_path, min_free=0) as store:
+        link: Link = object()  # type: ignore[assignment]  # nothing is sent before the link has room
+        seeding = Seeding(link, store, Audience(), lambda *opened: None, lambda sent: None)
+        for topic in range(REQUESTS_MAX // messages.INDICES_MAX):
+            seeding.take(Request(topic, tuple(range(messages.INDICES_MAX))))
+        seeding.take(Request(0, (5,)))  # asked for already
+        with pytest.raises(BadFrame):
+            seeding.take(Request(9, (5,)))
