@@ -37,6 +37,7 @@ from p2pgrid.node.grid import make_ticket, open_grid
 from p2pgrid.node.holdings import keep_holding
 from p2pgrid.node.identity import Identity
 from p2pgrid.node.node import Node
+from p2pgrid.node.reach import index_mode
 from p2pgrid.node.ticket import read_ticket
 from p2pgrid.node.worker import sweep, work
 from p2pgrid.scheduler import messages as m
@@ -161,7 +162,7 @@ async def open_node(home: Path) -> AsyncIterator[Node]:
         grid = PeerId(config.coordinator) if config.coordinator else host.me
         host.learn(grid, config.addresses)
         index = await rooms.enter_async_context(
-            open_index(host, "server" if grid == host.me else "client", [grid])
+            open_index(host, index_mode(host.addresses, config.addresses or host.addresses), [grid])
         )
         exchange = await rooms.enter_async_context(open_exchange(host, index, store, [(config.host, 0)]))
         calls: Calls = (
