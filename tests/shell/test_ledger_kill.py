@@ -149,7 +149,7 @@ class Story:
         n = 0
         while self.submitting:
             spec = JobSpec(cid("disk"), name=f"job {n}", array=(0, 1, 2))
-            job = await self.owner.submit(spec, f"key {n}")
+            job = await self.owner.submit(spec, f"key-{n}")
             assert job not in self.jobs
             self.jobs[job] = spec
             n += 1
