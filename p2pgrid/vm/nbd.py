@@ -78,12 +78,12 @@ class Export:
         assert size % SECTOR == 0, "a disk has whole sectors"
         self._buffer = bytearray()
         self._conversation = _converse(size)
-        self._next = next(self._conversation)
+        self._next: int | Step | None = next(self._conversation)
 
     def feed(self, data: bytes) -> Iterator[Step]:
         """Bytes to send, reads to do, or `Bye`, in order.  Raises `BadFrame`."""
         self._buffer += data
-        while not isinstance(self._next, Bye):
+        while self._next is not None:
             if isinstance(self._next, int):
                 need = self._next
                 if len(self._buffer) < need:
@@ -93,8 +93,7 @@ class Export:
                 self._next = self._conversation.send(piece)
             else:
                 yield self._next
-                self._next = next(self._conversation)
-        yield self._next
+                self._next = next(self._conversation, None)
 
 
 def _converse(size: int) -> Conversation:
@@ -219,7 +218,7 @@ class _Server:
                     case bytes():
                         await self.send(step)
                     case Bye():
-                        break
+                        nursery.cancel_scope.cancel()
         nursery.cancel_scope.cancel()
 
     async def send(self, message: bytes) -> None:

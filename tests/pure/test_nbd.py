@@ -5,7 +5,7 @@ import struct
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from p2pgrid.errors import BadFrame
@@ -63,6 +63,7 @@ def test_a_whole_conversation():
 
 
 @given(st.lists(st.integers(0, 1 << 16), max_size=30))
+@example([len(CONVERSATION)])  # an empty piece after the end
 def test_any_cut_gives_the_same_steps(places):
     export = Export(SIZE)
     assert [s for piece in cut(CONVERSATION, places) for s in export.feed(piece)] == steps(CONVERSATION)

@@ -143,3 +143,10 @@ async def test_a_read_that_fails_in_the_cache_is_tried_again(autojump_clock):
         with pytest.raises(NotFound):
             await cache.read(0, 10)
     assert len(source.reads) == 2
+
+
+async def test_a_client_that_leaves_ends_the_story_without_hanging_up(autojump_clock, ends):
+    client, theirs = ends
+    await client.stream.send_all(HELLO + request(nbd.READ, 1, 0, 512) + request(nbd.DISC, 2))
+    with trio.fail_after(1):
+        await nbd.serve(theirs, Pattern(slow=frozenset({0})))
