@@ -1,8 +1,8 @@
 """Build a realistic disk: the distribution at hand with systemd, python3 and the guest kit.
 
-mmdebstrap makes the tree from the machine's own package sources, as root or in a user
-namespace, and a last hook of it makes the file system, because only there do the files
-have their right owners.  Drivers in the initramfs are listed: it loads faster so.
+mmdebstrap makes the tree from the machine's own package sources, as root and in a mount
+namespace, and a last hook of it makes the file system, while the tree is there.  Drivers
+in the initramfs are listed: it loads faster so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from p2pgrid.errors import Misconfigured
 from p2pgrid.vm import distribution, kit
 from p2pgrid.vm.boot_disk import Extents, mke2fs, write_disk
 
@@ -62,19 +63,17 @@ UNWANTED = (
 
 def build(work: Path, packages: Sequence[str], tell: Callable[[str], None]) -> tuple[int, Extents]:
     """Make `work`/disk.raw, in minutes; tell each step.  Raises `Misconfigured`."""
-    needs = [("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("mke2fs", "e2fsprogs"), ("mmdebstrap", "mmdebstrap")]
-    # Who is not root needs a user namespace with many ids.
-    distribution.need(*needs, *([("newuidmap", "uidmap")] if os.geteuid() else []))
+    distribution.need(
+        *(("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("mke2fs", "e2fsprogs"), ("mmdebstrap", "mmdebstrap"))
+    )
+    if os.geteuid():
+        raise Misconfigured(why="a debian disk is built by root, for its files have many owners; use sudo")
     tell("download GRUB")
     distribution.unpack(distribution.grub_packages(), work / "packages")
     tell("install the packages (minutes)")
     suite, sources = distribution.sources()
     overlay, partition = work / "overlay.tar", work / "partition"
     overlay.write_bytes(_overlay())
-    # In a user namespace root is another user for this folder.
-    work.chmod(0o755)
-    partition.touch()
-    partition.chmod(0o666)
     included = ",".join((*PACKAGES, distribution.kernel_name(), *packages))
     words = ["mmdebstrap", "--variant=minbase", "--format=null", "--skip=cleanup", f"--include={included}"]
     words += ["--aptopt=APT::Install-Recommends false"]

@@ -5,8 +5,8 @@
 
     packages ──> files ──> file system in a plain file ──> MBR + GRUB ──> VDI
 
-No loop mount anywhere.  tiny needs no privilege; debian is made by mmdebstrap, as root
-or in a user namespace.  Guest side: `kit/`, `docs/reference/guest-kit.md`.
+No loop mount anywhere.  tiny needs no privilege; debian is made by mmdebstrap, as root.
+Guest side: `kit/`, `docs/reference/guest-kit.md`.
 """
 
 from __future__ import annotations

@@ -133,6 +133,7 @@ def test_without_a_context_disk_it_powers_off(tmp_path: Path):
 
 
 @pytest.mark.skipif("P2PGRID_SLOW" not in os.environ, reason="two minutes of work: set P2PGRID_SLOW=1")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can build a debian disk")
 def test_a_debian_keeps_the_contract_too(tmp_path: Path):
     disk = build_template("debian", tmp_path / "debian.vdi")
     script = b"#!/usr/bin/python3\nopen('seven', 'w').write(str(3 + 4))\nraise SystemExit(7)\n"
