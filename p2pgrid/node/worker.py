@@ -18,7 +18,6 @@ import attrs
 import structlog
 import trio
 
-from p2pgrid.dht.manifest import Tree
 from p2pgrid.dht.publish import publish_tree
 from p2pgrid.dht.restore import restore_tree
 from p2pgrid.dht.shelf import Shelf
@@ -29,6 +28,7 @@ from p2pgrid.node.node import STALL_PATIENCE, Node, Running
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Gone, Outcome, ResultTree, Revoked
 from p2pgrid.transfer.exchange import Progress
+from p2pgrid.vm.child import reap
 from p2pgrid.vm.guest import GuestSpec, Hypervisor, run_guest
 
 log = structlog.get_logger()
@@ -107,6 +107,8 @@ async def _report(node: Node, grant: m.Grant, outcome: Outcome) -> None:
             await node.coordinator.report(grant.task, grant.epoch, outcome)
             return
         except (Gone, Revoked):
+            if outcome.result is not None:  # nobody waits for it
+                await trio.to_thread.run_sync(node.store.drop, Cid.parse(outcome.result.datum))
             return
         except (Unreachable, Temporary):
             await trio.sleep(backoff(failures))
@@ -147,8 +149,6 @@ async def _run(node: Node, hypervisor: Hypervisor, grant: m.Grant, lease: Runnin
             sources.update(fetched.bytes_by_peer)
     at_hand = trio.current_time()
     shelf = await trio.to_thread.run_sync(node.store.begin, Cid.parse(grant.disk.datum))
-    context = await _context(node, grant, folder)
-    lease.note = "running"
     spec = GuestSpec(
         memory=grant.spec.memory,
         cpus=grant.spec.cpus,
@@ -156,12 +156,16 @@ async def _run(node: Node, hypervisor: Hypervisor, grant: m.Grant, lease: Runnin
         scratch=grant.spec.scratch,
         env={"P2PGRID_JOB": grant.job, "P2PGRID_TASK": grant.task, "P2PGRID_INDEX": str(grant.index)},
     )
-    end = await run_guest(hypervisor, ShelfSource(shelf), spec, context, folder / "vm")
+    async with node.scratchpad() as pad:
+        context = await _context(node, grant, pad / "inputs")
+        lease.note = "running"
+        end = await run_guest(hypervisor, ShelfSource(shelf), spec, context, folder)
     lease.note = "packing the results"
     result = await trio.to_thread.run_sync(_pack, node, end.results, end.console)
     await node.announce(result.datum)
+    lost = end.note != "" and end.why == "off"  # it ended well, and its results could not be read
     return Outcome(
-        exit=end.exit,
+        exit=None if lost else end.exit,
         why=f"{end.why}: {end.note}"[:200] if end.note else end.why,
         result=result,
         retry=end.why == "boot",
@@ -172,15 +176,12 @@ async def _run(node: Node, hypervisor: Hypervisor, grant: m.Grant, lease: Runnin
 
 
 async def _context(node: Node, grant: m.Grant, folder: Path) -> dict[str, bytes | Path]:
-    """The job's inputs, for the context disk."""
-    files: dict[str, bytes | Path] = {}
-    await trio.Path(folder).mkdir(mode=0o700)
-    if grant.inputs is not None:
-        inputs, cid = folder / "inputs", Cid.parse(grant.inputs.datum)
-        await trio.to_thread.run_sync(restore_tree, node.store, cid, inputs)
-        tree = Tree.decode(node.store.get_object(cid))
-        files = {file.path: inputs / file.path for file in tree.files}
-    return files
+    """The job's inputs, written to `folder`, for the context disk."""
+    if grant.inputs is None:
+        return {}
+    cid = Cid.parse(grant.inputs.datum)
+    tree = await trio.to_thread.run_sync(restore_tree, node.store, cid, folder)
+    return {file.path: folder / file.path for file in tree.files}
 
 
 def _pack(node: Node, results: Path, console: Path) -> ResultTree:
@@ -215,7 +216,10 @@ class ShelfSource:
 
 
 def sweep(home: Path) -> None:
-    """Make the folders that leases use, empty: whatever an earlier life left is gone."""
+    """End the machines that an earlier life left, and empty the folders that leases use."""
+    killed = reap(home / "vms")
+    if killed:
+        log.warning("ended virtual machines of an earlier life", machines=killed)
     for name in ("vms", "tmp"):
         shutil.rmtree(home / name, ignore_errors=True)
         os.makedirs(home / name, mode=0o700)
