@@ -252,5 +252,5 @@ async def rm(node: Node, args: Args, tell: Tell) -> Any:
     """Forget a disk: this node drops it now, the others when they next beat."""
     view = await node.resolve(args["disk"])
     await node.coordinator.forget(view.record.datum)
-    await trio.to_thread.run_sync(node.store.drop, Cid.parse(view.record.datum))
+    await node.drop(view.record.datum)
     return {"disk": view.record.datum, "name": view.record.name}

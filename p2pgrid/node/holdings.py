@@ -16,7 +16,6 @@ import trio
 
 from p2pgrid.dht.store import Held
 from p2pgrid.errors import GridError, NoSpace, Temporary, Unreachable
-from p2pgrid.ids import Cid
 from p2pgrid.node.node import STALL_PATIENCE, Node
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Gone
@@ -57,7 +56,7 @@ async def keep_holding(node: Node) -> None:
                 if task in node.running:
                     node.running[task].scope.cancel()
             for datum in orders.drop:
-                await trio.to_thread.run_sync(node.store.drop, Cid.parse(datum))
+                await node.drop(datum)
             for wanted in orders.hold:
                 if wanted.datum not in node.fetching:
                     node.fetching.add(wanted.datum)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import attrs
@@ -119,6 +119,11 @@ class Node:
         """Whether every chunk of `datum` is here."""
         return any(str(h.datum) == datum and h.chunks == h.chunks_total for h in self.store.held())
 
+    async def drop(self, datum: str) -> None:
+        """Have `datum` here no more, whoever dropped it first."""
+        with contextlib.suppress(NotFound):
+            await trio.to_thread.run_sync(self.store.drop, Cid.parse(datum))
+
     async def providers(self, datum: str) -> tuple[m.Provider, ...]:
         """Who has `datum`, as the coordinator knows; nobody where it is away or knows no such datum."""
         try:
@@ -126,7 +131,7 @@ class Node:
         except GridError:
             return ()
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def scratchpad(self) -> AsyncIterator[Path]:
         """A folder for passing things, gone at the end."""
         folder = Path(tempfile.mkdtemp(dir=self.home / "tmp"))

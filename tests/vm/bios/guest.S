@@ -4,6 +4,7 @@
 #
 # The byte before the signature says what it does (see disk.py):
 #   0 the above   1 never ends   2 prints 240,000 bytes first   3 reads sector `far` of the boot disk first
+#   4 sleeps `nap` ticks of the timer (18.2 a second) first
         .code16
         .globl _start
 _start: ljmp $0, $1f
@@ -25,6 +26,11 @@ _start: ljmp $0, $1f
         je  flood
         cmp $3, %al
         je  read_far
+        cmp $4, %al
+        jne copy
+        mov nap, %cx
+1:      hlt
+        loop 1b
 
 copy:   movw $1, count                  # the primary volume descriptor: 2048-byte block 16
         movl $64, lba
@@ -121,7 +127,8 @@ count:  .word 0
         .word 0, 0x1000
 lba:    .long 0, 0
 left:   .long 0
-        .org 494
+        .org 492
+nap:    .word 1
 far:    .long 1
 exit:   .asciz "exit 0\n"
         .org 509
