@@ -56,7 +56,11 @@ class Ticker:
         """Run `work` in a thread, telling how far it is."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
-            result = await trio.to_thread.run_sync(work)
+            try:
+                result = await trio.to_thread.run_sync(work)
+            except Refused:
+                await trio.lowlevel.checkpoint_if_cancelled()  # it is ours then, and nobody waits for it
+                raise
             nursery.cancel_scope.cancel()
         await self._tell({**self._now, "done": self._now["total"]})
         return result
