@@ -21,9 +21,21 @@ def index_mode(mine: Sequence[str], coordinator: Sequence[str]) -> Literal["serv
     return "server"
 
 
+# Not `is_global`: that counts the documentation networks, which test networks use, as private.
+_LOCAL = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10",
+        "::1/128", "fc00::/7", "fe80::/10",
+    )
+)  # fmt: skip
+"""Loopback, private, link-local and carrier NAT (RFC 1918, 4193, 6598)."""
+
+
 def _public(address: str) -> bool:
     parts = address.split("/")
     try:
-        return ipaddress.ip_address(parts[2]).is_global if parts[1] in ("ip4", "ip6") else False
+        ip = ipaddress.ip_address(parts[2])
     except (IndexError, ValueError):
         return False
+    return parts[1] in ("ip4", "ip6") and not any(ip in network for network in _LOCAL)
