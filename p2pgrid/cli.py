@@ -24,7 +24,6 @@ from p2pgrid.node.console import (
     parse_size,
     run_app,
     say,
-    unless_interrupted,
 )
 
 app = App(
@@ -59,17 +58,21 @@ def _ask(home: Path | None, op: str, **args: Any) -> Any:
 def coordinator(
     *,
     data_dir: Home = None,
-    listen: Annotated[str, Parameter(help="ADDRESS:PORT for other nodes.")] = "0.0.0.0:4321",
+    listen: Annotated[
+        str | None, Parameter(help="ADDRESS:PORT for other nodes [0.0.0.0:4321, or as before].")
+    ] = None,
     db: Annotated[
-        str | None, Parameter(help="Ledger, sqlite:///FILE; in the data directory by default.")
+        str | None, Parameter(help="Ledger, sqlite:///FILE [in the data directory, or as before].")
+    ] = None,
+    lease: Annotated[
+        str | None, Parameter(help="Silence after which a worker's task runs elsewhere [30s, or as before].")
     ] = None,
 ) -> int:
     """Run a coordinator here, in the foreground, until Ctrl-C."""
-    from p2pgrid.node.daemon import run_here
+    asked = {"listen": listen, "ledger": launch.ledger_path(db), "lease": lease and launch.lease(lease)}
+    from p2pgrid.node.daemon import run_coordinator
 
-    return run_here(
-        _home(data_dir), roles=("coordinator", "submitter"), listen=listen, ledger=launch.ledger_path(db)
-    )
+    return run_coordinator(_home(data_dir), **{k: v for k, v in asked.items() if v is not None})
 
 
 @app.command
@@ -183,7 +186,7 @@ def disk_verify(
     data_dir: Home = None,
     as_json: Json = False,
 ) -> int:
-    """Hash every chunk held here; fetch what is bad again from peers."""
+    """Hash every chunk held here, of DISK or of everything; fetch what is bad again from peers."""
     with Bars() as bars:
         done = api.call(
             _home(data_dir),
@@ -267,23 +270,35 @@ def run(
         "needs": needs or [],
         "name": name,
     }
-    made = api.call(home, "submit", spec)
-    number = made["job"]
     if detach:
-        emit(made, as_json, lambda v: str(v["job"]))
+        emit(api.call(home, "submit", spec), as_json, lambda v: str(v["job"]))
         return 0
-    say(f"job {number}: {len(spec['array'])} task(s) of {made['disk_name']}")
-    with unless_interrupted(lambda: _abandon(home, number)):
-        view = _wait(home, number)
-        folder = (output or Path(number)).absolute()
-        brought = api.call(home, "job_results", {"job": number, "out": str(folder)})
+    view = _attended(home, spec)
+    folder = (output or Path(view["job"])).absolute()
+    brought = api.call(home, "job_results", {"job": view["job"], "out": str(folder)})
     emit({**view, "results": brought["folder"]}, as_json, show.finished)
     return show.exit_code(view)
 
 
-def _abandon(home: Path, number: str) -> None:
-    api.call(home, "job_cancel", {"job": number})
-    say(f"job {number} cancelled")
+def _attended(home: Path, spec: dict[str, Any]) -> Any:
+    """A job that lives as long as this command: the daemon cancels it when we hang up, however we end."""
+    job = ""
+
+    def watch(event: dict[str, Any]) -> None:
+        nonlocal job
+        if "job" in event:
+            job = event["job"]
+            say(f"job {job}: {len(spec['array'])} task(s) of {event['disk_name']}")
+        else:
+            bars.show(event["phase"], event["done"], event["total"], event.get("note", ""))
+
+    try:
+        with Bars() as bars:
+            return api.call(home, "run", spec, watch)
+    except KeyboardInterrupt:
+        if job:
+            say(f"job {job} is being cancelled")
+        raise
 
 
 def _wait(home: Path, number: str, patience: float | None = None) -> Any:

@@ -25,7 +25,6 @@ from p2pgrid.node.config import TICKET, Config
 
 PATIENCE = 60.0
 """Seconds; far more than anything takes here."""
-QEMU = "qemu-system-x86_64"
 
 
 def command(program: str, *words: object, home: Path, cwd: Path | None = None) -> subprocess.Popen[str]:
@@ -96,10 +95,6 @@ def processes_of(folder: Path) -> list[psutil.Process]:
             if process.pid != os.getpid() and str(folder) in " ".join(process.cmdline()):
                 found.append(process)
     return found
-
-
-class _Enough(Exception):
-    """What was waited for has been told."""
 
 
 @attrs.define(eq=False)
@@ -183,8 +178,8 @@ class Grid:
         (home / TICKET).write_text(ticket)
         return home
 
-    def submit(self, disk: str, **more: Any) -> str:
-        """A job of `disk`; its id."""
+    def submit(self, disk: str, by: Daemon | None = None, **more: Any) -> str:
+        """A job of `disk`; its id.  `by` is the coordinator's own daemon unless told."""
         script = self.folder / "job.sh"
         script.write_text("#!/bin/sh\n")
         spec = {
@@ -199,36 +194,37 @@ class Grid:
             "needs": [],
             "name": "",
         } | more
-        job: str = self.coordinator.ask("submit", **spec)["job"]
+        job: str = (by or self.coordinator).ask("submit", **spec)["job"]
         return job
 
-    def put(self, name: str, data: bytes, replica: int = 1, wait: bool = False) -> str:
+    def put(
+        self, name: str, data: bytes, replica: int = 1, wait: bool = False, by: Daemon | None = None
+    ) -> str:
         """A raw disk; its CID."""
         path = self.folder / f"{name}.raw"
         path.write_bytes(data)
-        cid: str = self.coordinator.ask("put", path=str(path), name=name, replica=replica, wait=wait)["disk"]
+        args = {"path": str(path), "name": name, "replica": replica, "wait": wait}
+        cid: str = (by or self.coordinator).ask("put", **args)["disk"]
         return cid
 
-    def when(self, job: str, so: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-        """The job as soon as `so` holds for it; asked again with every news of it."""
-        found: dict[str, Any] = {}
+    def booted(self, job: str) -> list[psutil.Process]:
+        """The job's machines, as soon as each of its tasks has one; no other job may be under way."""
+        tasks = len(self.coordinator.ask("job_show", job=job)["tasks"])
 
-        def look(event: Any) -> None:
-            found.update(self.coordinator.ask("job_show", job=job))
-            if so(found):
-                raise _Enough
+        def machines() -> list[psutil.Process] | None:
+            found = [machine for worker in self.workers for machine in worker.machines()]
+            return found if len(found) == tasks else None
 
-        with contextlib.suppress(_Enough):
-            found.update(self.coordinator.ask("job_wait", look, job=job, patience=PATIENCE))
-            assert so(found), found
-        return found
+        booted: list[psutil.Process] = until(machines, "the guests run")
+        return booted
 
     def finished(self, job: str) -> dict[str, Any]:
         done: dict[str, Any] = self.coordinator.ask("job_wait", job=job, patience=PATIENCE)
         return done
 
-    def worker_of(self, task: dict[str, Any]) -> Daemon:
-        return next(w for w in self.workers if w.name == task["node"])
+    def worker_of(self, machine: psutil.Process) -> Daemon:
+        """Who runs it."""
+        return next(w for w in self.workers if w.process.pid in [p.pid for p in machine.parents()])
 
 
 def _begin(home: Path) -> launch.Starting:

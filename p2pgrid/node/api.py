@@ -48,6 +48,13 @@ class NoDaemon(WorldError):
 
 
 @attrs.frozen(kw_only=True, slots=False)
+class NotPossible(WorldError):
+    """The operating system refused it."""
+
+    why: str
+
+
+@attrs.frozen(kw_only=True, slots=False)
 class Told(GridError):
     """The daemon said so."""
 
@@ -87,7 +94,7 @@ def call(
 
     Raises `NoDaemon` when none runs there, and `Told` with the daemon's own error.
     """
-    with connected(home) as line:
+    with connected(home) as line, contextlib.suppress(ConnectionError):
         line.sendall(json.dumps({"op": op, "args": dict(args or {})}).encode() + b"\n")
         with line.makefile("rb") as answers:
             for answer in answers:
@@ -115,6 +122,8 @@ def connected(home: Path) -> Iterator[socket.socket]:
             raise NoDaemon(home=str(home)) from None
         except PermissionError:
             raise Misused(why=f"the daemon in {home} belongs to another user") from None
+        except OSError as refused:
+            raise Misused(why=f"{home} is no data directory: {refused.strerror}") from None
         yield line
 
 
@@ -201,6 +210,8 @@ async def _perform(request: bytes, ops: Mapping[str, Op], tell: Tell, log: Any) 
         return failure(Misused(why=f"the request is not well formed: {broken!r}"))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         raise
+    except OSError as refused:
+        return failure(NotPossible(why=str(refused)))
     except Exception as error:  # a request's door: a bug in one answer does not end the daemon
         group = error if isinstance(error, ExceptionGroup) else ExceptionGroup("request", [error])
         known = next((e for e in leaves(group) if isinstance(e, GridError)), None)

@@ -35,6 +35,8 @@ class Config:
     addresses: tuple[str, ...] = ()
     """Where the coordinator was last reached (multiaddrs)."""
     ledger: str | None = None
+    lease: float = 30.0
+    """Seconds that a worker keeps a task without a word to the coordinator; only the coordinator's counts."""
 
     @property
     def multiaddr(self) -> str:
@@ -50,11 +52,14 @@ class Config:
         return self.listen.rpartition(":")[0].strip("[]")
 
     def save(self, home: Path) -> None:
-        """Write it to `home`, whole or not at all."""
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft = home / f"{FILE}.tmp"
-        draft.write_text(json.dumps(attrs.asdict(self), indent=2) + "\n")
-        os.replace(draft, home / FILE)
+        """Write it to `home`, whole or not at all.  Raises `Misconfigured`."""
+        try:
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft = home / f"{FILE}.tmp"
+            draft.write_text(json.dumps(attrs.asdict(self), indent=2) + "\n")
+            os.replace(draft, home / FILE)
+        except OSError as refused:
+            raise Misconfigured(why=f"cannot keep a daemon's data in {home}: {refused.strerror}") from None
 
     @classmethod
     def load(cls, home: Path) -> Config | None:

@@ -60,9 +60,12 @@ def run_app(app: App, name: str, version: str) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # who read our words has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as refused:
+        complain(str(refused))
+        return 1
     return result if isinstance(result, int) else 0
 
 
@@ -167,10 +170,17 @@ class Bars:
 
 
 @contextlib.contextmanager
-def unless_interrupted(undo: Callable[[], None]) -> Iterator[None]:
-    """Call `undo` when the person presses Ctrl-C inside the block; then pass it on."""
+def uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM until the block is left.  Main thread only."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
-    except KeyboardInterrupt:
-        undo()
-        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt

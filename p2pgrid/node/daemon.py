@@ -26,7 +26,7 @@ import trio
 
 from p2pgrid.dht.index import open_index
 from p2pgrid.dht.store import Store
-from p2pgrid.errors import GridError, Misconfigured, Temporary, Unreachable
+from p2pgrid.errors import Conflict, GridError, Misconfigured, Temporary, Unreachable
 from p2pgrid.hole_punch.host import Host, open_host
 from p2pgrid.ids import PeerId
 from p2pgrid.node import disks, jobs
@@ -53,12 +53,15 @@ PR_SET_PDEATHSIG = 1
 JOIN_TRIES = 3
 
 
-def run_here(home: Path, *, roles: tuple[str, ...], listen: str, ledger: str | None) -> int:
-    """Run in the foreground with these roles; what was set up before keeps its name and port."""
-    before = Config.load(home)
-    config = Config(roles=roles, listen=listen, ledger=ledger)
-    if before is not None and before.coordinator is not None:
+def run_coordinator(home: Path, **settings: Any) -> int:
+    """Coordinate in the foreground; what is not among `settings` stays as `home` was set up before."""
+    if daemon_runs(home):
+        raise Conflict(what=f"a daemon on {home}; `p2pgrid down` ends it")
+    before = Config.load(home) or Config(roles=(), listen="0.0.0.0:4321")
+    if before.coordinator is not None:
         raise Misconfigured(why=f"{home} belongs to a node of another grid; use another --data-dir")
+    config = attrs.evolve(before, roles=("coordinator", "submitter"), **settings)
+    config.multiaddr  # noqa: B018  (is it one?)
     config.save(home)
     return run_stored(home)
 
@@ -72,7 +75,13 @@ def run_stored(home: Path) -> int:
         for address in node.network.addresses:
             say(f"  {address}")
 
-    trio.run(_until_signalled, home, ready)
+    wrong: GridError | None = None
+    try:
+        trio.run(_until_signalled, home, ready)
+    except* GridError as group:
+        wrong = _first(group)
+    if wrong is not None:  # as itself: what is raised within except* becomes a group again
+        raise wrong
     return 0
 
 
@@ -98,11 +107,15 @@ def main() -> int:
     try:
         trio.run(_until_signalled, asked.home, lambda node: word({"ready": node.network.me}))
     except* GridError as group:
-        first = next(e for e in leaves(group) if isinstance(e, GridError))
+        first = _first(group)
         log.error("the daemon ends", why=str(first))
         word(failure(first))
         code = first.exit_code
     return code
+
+
+def _first(group: BaseExceptionGroup[GridError]) -> GridError:
+    return next(e for e in leaves(group) if isinstance(e, GridError))
 
 
 def _die_with_parent() -> None:
@@ -133,31 +146,34 @@ async def _until_signalled(home: Path, ready: Any) -> None:
     """The daemon's whole life; SIGINT and SIGTERM end it in good order."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
+            stopping = trio.Event()
 
             async def listen() -> None:
                 async for number in signals:
                     log.info("stopping", signal=signal.Signals(number).name)
+                    stopping.set()
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(listen)
-            async with open_node(home) as node:
+            async with open_node(home, stopping) as node:
                 ready(node)
                 await node.stopping.wait()
             nursery.cancel_scope.cancel()
 
 
 @contextlib.asynccontextmanager
-async def open_node(home: Path) -> AsyncIterator[Node]:
-    """A node as `home` is set up, joined to its grid and at work until the block is left."""
+async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
+    """A node as `home` is set up, joined to its grid and at work until the block is left.
+
+    Whoever leaves the block sets `stopping` before, and a person may set it by the local API.
+    """
     config = Config.load(home)
     if config is None:
         raise Misconfigured(why=f"{home} is not set up; join a grid or start a coordinator first")
-    if daemon_runs(home):
-        raise Misconfigured(why=f"a daemon runs on {home} already")
-    sweep(home)
-    identity = Identity.load_or_create(home)
     async with contextlib.AsyncExitStack() as rooms:
-        store = rooms.enter_context(Store(home / "store", config.quota))
+        store = rooms.enter_context(Store(home / "store", config.quota))  # of two daemons one gets it
+        sweep(home)
+        identity = Identity.load_or_create(home)
         host = await rooms.enter_async_context(open_host(identity.seed, [config.multiaddr]))
         grid = PeerId(config.coordinator) if config.coordinator else host.me
         host.learn(grid, config.addresses)
@@ -171,17 +187,18 @@ async def open_node(home: Path) -> AsyncIterator[Node]:
             else Coordinator(host, grid)
         )
         roles = await _join(home, config, host, calls)
-        node = Node(home, config, identity, host, index, store, exchange, calls, grid, roles)
+        node = Node(home, config, identity, host, index, store, exchange, calls, grid, roles, stopping)
         _keep_port(home, config, host)
         nursery = await rooms.enter_async_context(trio.open_nursery())
         nursery.start_soon(keep_holding, node)
+        nursery.start_soon(node.keep_announcing)
         if "worker" in roles:
             find_qemu()
             nursery.start_soon(work, node, Qemu(cache_folder()))
         await rooms.enter_async_context(serve_api(home, _ops(node)))
         for held in store.held():
             if held.chunks == held.chunks_total:
-                nursery.start_soon(node.announce, str(held.datum))
+                node.announce(str(held.datum))
         yield node
         nursery.cancel_scope.cancel()
 
@@ -238,6 +255,7 @@ def _ops(node: Node) -> dict[str, Op]:
         "disk_verify": disks.verify,
         "disk_rm": disks.rm,
         "submit": jobs.submit,
+        "run": jobs.run,
         "job_ls": jobs.ls,
         "job_show": jobs.show,
         "job_wait": jobs.wait,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 from p2pgrid.errors import Misused
 from p2pgrid.node import api, launch, show
 from p2pgrid.node.config import TICKET, Config
-from p2pgrid.node.console import Bars, emit, say, size
+from p2pgrid.node.console import Bars, emit, say, size, uninterrupted
 
 SCRIPT = """#!/bin/sh
 # Runs in each guest at the end of boot; /scratch comes home.
@@ -64,13 +63,18 @@ def _template(bars: Bars) -> Path:
 
 @contextlib.contextmanager
 def _folder(keep: bool) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="p2pgrid-demo-"))
-    try:
+    with contextlib.ExitStack() as leaving:
+        with uninterrupted():
+            folder = Path(tempfile.mkdtemp(prefix="p2pgrid-demo-"))
+            leaving.callback(_let_go, folder, keep)
         yield folder
-    finally:
-        if keep:
-            say(f"kept: {folder}")
-        else:
+
+
+def _let_go(folder: Path, keep: bool) -> None:
+    if keep:
+        say(f"kept: {folder}")
+    else:
+        with uninterrupted():
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -79,7 +83,8 @@ def _grid(folder: Path, workers: int, bars: Bars) -> Iterator[list[Path]]:
     """A coordinator and `workers` workers as processes; the coordinator's home comes first."""
     homes = [folder / "coordinator", *(folder / f"worker-{i + 1}" for i in range(workers))]
     running: list[subprocess.Popen[bytes]] = []
-    try:
+    with contextlib.ExitStack() as leaving:
+        leaving.callback(_end, running)
         bars.show("grid", 0, len(homes), "starting")
         Config(roles=("coordinator", "submitter"), listen="127.0.0.1:0", name="coordinator").save(homes[0])
         _begin(homes[0], running).ready()
@@ -101,20 +106,18 @@ def _grid(folder: Path, workers: int, bars: Bars) -> Iterator[list[Path]]:
             one.ready()
             bars.show("grid", i + 2, len(homes), one.home.name)
         yield homes
-    finally:
-        _end(running)
 
 
 def _begin(home: Path, running: list[subprocess.Popen[bytes]]) -> launch.Starting:
-    starting = launch.spawn(home, with_parent=True)
-    running.append(starting.process)
+    with uninterrupted():
+        starting = launch.spawn(home, with_parent=True)
+        running.append(starting.process)
     return starting
 
 
 def _end(running: list[subprocess.Popen[bytes]]) -> None:
     """End the daemons, workers first; a second Ctrl-C does not stop the tidying up."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with uninterrupted():
         for process in reversed(running):
             process.terminate()
         limit = time.monotonic() + PATIENCE
@@ -124,8 +127,6 @@ def _end(running: list[subprocess.Popen[bytes]]) -> None:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _main_job(homes: list[Path], folder: Path, disk: Path, bars: Bars) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +18,13 @@ from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import GridError, NotFound, Refused
 from p2pgrid.ids import Cid
 from p2pgrid.node.api import Tell
-from p2pgrid.node.node import STALL_PATIENCE, Node
+from p2pgrid.node.node import HINT_PATIENCE, STALL_PATIENCE, Node
+from p2pgrid.node.patience import patiently
 from p2pgrid.scheduler import messages as m
 from p2pgrid.transfer.exchange import Progress
 
+REPAIR_PATIENCE = 30.0
+"""Seconds to fetch again what was bad."""
 NEWS_PERIOD = 0.2
 """Seconds between two progress events."""
 
@@ -93,8 +98,8 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
         wire_bytes=done.wire_bytes,
         replica=args.get("replica", 1),
     )
-    await node.coordinator.put(record)
-    await node.announce(record.datum)
+    await patiently(lambda: node.coordinator.put(record))
+    node.announce(record.datum)
     if args.get("wait"):
         await _until_placed(node, record, tell)
     return {
@@ -147,7 +152,7 @@ async def _here(node: Node, which: str, tell: Tell) -> tuple[Shelf, Cid]:
         ticker = Ticker(tell, "fetching")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ticker._report)
-            await node.fetch(str(cid), await node.providers(str(cid)), ticker.fetched)
+            await node.fetch(str(cid), await node.providers(str(cid)), ticker.fetched, STALL_PATIENCE)
             nursery.cancel_scope.cancel()
     return await trio.to_thread.run_sync(node.store.begin, cid), cid
 
@@ -229,27 +234,38 @@ def _brief(view: m.DatumView) -> dict[str, Any]:
 
 
 async def verify(node: Node, args: Args, tell: Tell) -> Any:
-    """Hash every chunk of a disk held here; fetch what is bad again."""
-    view = await node.resolve(args["disk"])
-    datum = view.record.datum
-    if not any(str(h.datum) == datum for h in node.store.held()):
-        raise NotFound(what=f"a chunk of {view.record.name} on this node")
-    shelf = await trio.to_thread.run_sync(node.store.begin, Cid.parse(datum))
-    ticker = Ticker(tell, "verifying")
-    bad: list[int] = await ticker.run(lambda: shelf.verify(ticker))
-    checked = shelf.count + len(bad)
-    if bad and args.get("repair", True):
-        await tell({"phase": "repairing", "done": 0, "total": len(bad)})
-        with trio.move_on_after(STALL_PATIENCE / 10):
-            await node.fetch(datum, await node.providers(datum))
-        await tell({"phase": "repairing", "done": len(bad), "total": len(bad)})
-    return {
-        "disk": datum,
-        "name": view.record.name,
-        "checked": checked,
-        "bad": len(bad),
-        "repaired": sum(shelf.holds(i) for i in bad),
-    }
+    """Hash every chunk of one datum, or of all that is held here; fetch what is bad again."""
+    rows: list[dict[str, Any]] = []
+    for cid, name in await _held(node, args["disk"]):
+        shelf = await trio.to_thread.run_sync(node.store.begin, cid)
+        ticker = Ticker(tell, f"verifying {name}")
+        bad: list[int] = await ticker.run(functools.partial(shelf.verify, ticker))
+        if bad and args.get("repair", True):
+            await tell({"phase": "repairing", "done": 0, "total": len(bad)})
+            with trio.move_on_after(REPAIR_PATIENCE):
+                await node.fetch(str(cid), await node.providers(str(cid)))
+            await tell({"phase": "repairing", "done": len(bad), "total": len(bad)})
+        rows.append({
+            "datum": str(cid),
+            "name": name,
+            "checked": shelf.count + sum(not shelf.holds(i) for i in bad),
+            "bad": len(bad),
+            "repaired": sum(shelf.holds(i) for i in bad),
+        })  # fmt: skip
+    totals = {key: sum(row[key] for row in rows) for key in ("checked", "bad", "repaired")}
+    return {**totals, "data": rows}
+
+
+async def _held(node: Node, which: str) -> list[tuple[Cid, str]]:
+    """What is held here of `which` ("" for all), by CID and as people call it."""
+    here = {str(h.datum): h.datum for h in await trio.to_thread.run_sync(node.store.held)}
+    names: dict[str, str] = {}
+    with trio.move_on_after(HINT_PATIENCE), contextlib.suppress(GridError):  # a worker is not told names
+        names = {v.record.datum: v.record.name for v in await node.coordinator.data()}
+    wanted = [str(await _cid(node, which))] if which else sorted(here)
+    if which and wanted[0] not in here:
+        raise NotFound(what=f"a chunk of {which} on this node")
+    return [(here[datum], names.get(datum) or datum[:20] + "…") for datum in wanted]
 
 
 async def rm(node: Node, args: Args, tell: Tell) -> Any:

@@ -23,6 +23,7 @@ from p2pgrid.node.ticket import create_ticket, public_key
 from p2pgrid.node.ticket import verify as verify_ticket
 from p2pgrid.scheduler.client import Calls
 from p2pgrid.scheduler.coordinator import Desk, serve_coordinator
+from p2pgrid.scheduler.events import Rules
 from p2pgrid.scheduler.ledger import SqliteLedger
 from p2pgrid.scheduler.members import Admission
 
@@ -40,12 +41,19 @@ async def open_grid(home: Path, config: Config, network: Network) -> AsyncIterat
     ledger = await trio.to_thread.run_sync(SqliteLedger, Path(config.ledger or home / LEDGER))
     try:
         async with trio.open_nursery() as nursery:
-            serve = partial(serve_coordinator, network, ledger, verify, owner=network.me)
+            serve = partial(
+                serve_coordinator, network, ledger, verify, owner=network.me, rules=rules(config.lease)
+            )
             desk: Desk = await nursery.start(serve)
             yield desk.local(network.me)
             nursery.cancel_scope.cancel()
     finally:
         ledger.close()
+
+
+def rules(lease: float) -> Rules:
+    """The times of a grid whose leases last `lease` seconds: six beats, four of which may be lost."""
+    return Rules(lease_ttl=lease, beat_interval=lease / 6, lost_after=lease * 2 / 3)
 
 
 def make_ticket(home: Path, network: Network, role: str, uses: int | None, expires: float) -> dict[str, Any]:

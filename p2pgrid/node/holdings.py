@@ -8,15 +8,15 @@ are tried again at growing intervals.
 from __future__ import annotations
 
 import os
-import random
 
 import psutil
 import structlog
 import trio
 
 from p2pgrid.dht.store import Held
-from p2pgrid.errors import GridError, NoSpace, Temporary, Unreachable
+from p2pgrid.errors import GridError, NoSpace
 from p2pgrid.node.node import STALL_PATIENCE, Node
+from p2pgrid.node.patience import RETRY_MAX, RETRY_MIN, backoff
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Gone
 
@@ -24,13 +24,6 @@ log = structlog.get_logger()
 
 FETCHES = 4
 """Data fetched at the same time because of orders."""
-RETRY_MIN, RETRY_MAX = 0.5, 8.0
-"""Seconds between calls to a coordinator that is away: doubled from the one to the other."""
-
-
-def backoff(tries: int) -> float:
-    """Seconds to wait after `tries` failures, spread so that a grid does not come back in step."""
-    return float(min(RETRY_MAX, RETRY_MIN * 2**tries) * random.uniform(0.5, 1.0))
 
 
 async def keep_holding(node: Node) -> None:
@@ -41,9 +34,9 @@ async def keep_holding(node: Node) -> None:
         while True:
             try:
                 orders = await _orders(node, patience)
-            except (Unreachable, Temporary) as away:
-                if node.connected:
-                    log.warning("the coordinator is away; going on without it", why=str(away))
+            except GridError as away:  # it may also have dismissed us, and may think better of it
+                if node.connected or not failures:
+                    log.warning("no orders from the coordinator; going on without it", why=str(away))
                 node.connected = False
                 await trio.sleep(backoff(failures))
                 failures += 1
@@ -66,7 +59,7 @@ async def keep_holding(node: Node) -> None:
 async def _orders(node: Node, patience: float) -> m.Orders | None:
     """Beat, and wait up to `patience` seconds for orders; None when there is news to beat again with."""
     orders: m.Orders | None = None
-    away: Unreachable | Temporary | None = None
+    away: GridError | None = None
     async with trio.open_nursery() as nursery:
 
         async def until_news() -> None:
@@ -77,7 +70,7 @@ async def _orders(node: Node, patience: float) -> m.Orders | None:
         nursery.start_soon(until_news)
         try:
             orders = await node.coordinator.beat(beat)
-        except (Unreachable, Temporary) as error:  # as itself, not in the nursery's group
+        except GridError as error:  # as itself, not in the nursery's group
             away = error
         nursery.cancel_scope.cancel()
     if away is not None:

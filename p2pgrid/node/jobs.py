@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +17,21 @@ import trio
 from p2pgrid.dht.manifest import Tree, safe_path
 from p2pgrid.dht.publish import publish_tree
 from p2pgrid.dht.restore import restore_tree
-from p2pgrid.errors import Conflict, Misused, NotFound, Temporary, TimedOut, Unreachable, WorldError
+from p2pgrid.errors import (
+    Conflict,
+    GridError,
+    Misused,
+    NotFound,
+    Temporary,
+    TimedOut,
+    Unreachable,
+    WorldError,
+)
 from p2pgrid.ids import Cid, readable_id
 from p2pgrid.node.api import Tell
 from p2pgrid.node.disks import Args
-from p2pgrid.node.holdings import backoff
 from p2pgrid.node.node import STALL_PATIENCE, Node
+from p2pgrid.node.patience import backoff, patiently
 from p2pgrid.node.worker import OWN
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import FINAL, JobSpec
@@ -28,6 +39,8 @@ from p2pgrid.scheduler.job import FINAL, JobSpec
 WATCH = 20.0
 """Seconds that one watch may wait at the coordinator."""
 SCRIPT = "context.sh"
+ABANDON = 5.0
+"""Seconds that the cancelling of a job may take whose submitter hung up."""
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -38,9 +51,51 @@ class NoScript(WorldError):
     path: str
 
 
+@attrs.frozen(kw_only=True, slots=False)
+class NoDisk(NotFound):
+    """There is no disk of yours on the grid."""
+
+    what: str = "a disk to run"
+    advice: ClassVar[str] = "put one first: p2pgrid put DISK"
+
+
 async def submit(node: Node, args: Args, tell: Tell) -> Any:
     """Make script and inputs a datum, and a job of it."""
-    disk = await node.resolve(args["disk"])
+    async with _submitted(node, args) as made:
+        return made
+
+
+async def run(node: Node, args: Args, tell: Tell) -> Any:
+    """Submit and wait.  The job is cancelled when whoever asked hangs up, but not when this daemon ends."""
+    async with _submitted(node, args) as made:
+        await tell(made)
+        return await wait(node, {"job": made["job"]}, tell)
+
+
+@contextlib.asynccontextmanager
+async def _submitted(node: Node, args: Args) -> AsyncIterator[dict[str, str]]:
+    """A new job; it ends when the block is cancelled."""
+    name, spec = await _spec(node, args)
+    key = readable_id(secrets.token_bytes(7))  # makes it one job, however often it is said
+    try:
+        job = await patiently(lambda: node.coordinator.submit(spec, key))
+        yield {"job": job, "disk": spec.disk, "disk_name": name}
+    except (trio.Cancelled, trio.BrokenResourceError):
+        if not node.stopping.is_set():
+            with trio.move_on_after(ABANDON) as scope, contextlib.suppress(GridError):
+                scope.shield = True
+                await node.coordinator.cancel(await node.coordinator.submit(spec, key))
+        raise
+
+
+async def _spec(node: Node, args: Args) -> tuple[str, JobSpec]:
+    """The disk's name, and the job that was asked for; its inputs are put."""
+    try:
+        disk = await patiently(lambda: node.resolve(args["disk"]))
+    except NotFound:
+        if args["disk"]:
+            raise
+        raise NoDisk from None
     async with node.scratchpad() as folder:
         await trio.to_thread.run_sync(_stage, folder, Path(args["script"]), [Path(p) for p in args["inputs"]])
         made = await trio.to_thread.run_sync(publish_tree, node.store, folder, node.identity.signing_key)
@@ -51,9 +106,9 @@ async def submit(node: Node, args: Args, tell: Tell) -> Any:
         size=made.size,
         wire_bytes=made.wire_bytes,
     )
-    await node.coordinator.put(inputs)
-    await node.announce(inputs.datum)
-    spec = JobSpec(
+    await patiently(lambda: node.coordinator.put(inputs))
+    node.announce(inputs.datum)
+    return disk.record.name, JobSpec(
         disk=disk.record.datum,
         inputs=inputs.datum,
         name=args["name"],
@@ -64,17 +119,6 @@ async def submit(node: Node, args: Args, tell: Tell) -> Any:
         scratch=args["scratch"],
         needs=tuple(args["needs"]),
     )
-    key = readable_id(secrets.token_bytes(7))
-    failures = 0
-    while True:  # the key makes it one job, however often it is said
-        try:
-            job = await node.coordinator.submit(spec, key)
-            return {"job": job, "disk": spec.disk, "disk_name": disk.record.name}
-        except (Unreachable, Temporary):
-            if failures == 5:
-                raise
-            await trio.sleep(backoff(failures))
-            failures += 1
 
 
 def _stage(folder: Path, script: Path, inputs: list[Path]) -> None:
@@ -86,10 +130,10 @@ def _stage(folder: Path, script: Path, inputs: list[Path]) -> None:
     (folder / SCRIPT).chmod(0o755)
     for source in inputs:
         target = folder / source.name
-        if target.exists() or source.name == "p2pgrid.env":
-            raise Conflict(what=f"an input called {source.name!r}")
         if not safe_path(source.name):
             raise Misused(why=f"{source.name!r} cannot be the name of an input")
+        if target.exists() or source.name in (SCRIPT, "p2pgrid.env"):
+            raise Conflict(what=f"an input called {source.name!r}")
         try:
             if source.is_dir():
                 shutil.copytree(source, target)
@@ -152,6 +196,9 @@ async def wait(node: Node, args: Args, tell: Tell) -> Any:
                 view = await node.coordinator.watch(args["job"], version, WATCH if version else 0.0)
                 version, failures = view.version, 0
             except (Unreachable, Temporary):
+                await tell(
+                    {"phase": "job", "done": 0, "total": 1, "note": "the coordinator is away; waiting"}
+                )
                 await trio.sleep(backoff(failures))
                 failures += 1
                 continue
@@ -217,5 +264,8 @@ async def logs(node: Node, args: Args, tell: Tell) -> Any:
     await _tree(node, datum)
     async with node.scratchpad() as folder:
         await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(datum), folder / "tree")
-        console = (folder / "tree" / OWN / "console.log").read_bytes()
+        try:
+            console = (folder / "tree" / OWN / "console.log").read_bytes()
+        except FileNotFoundError:
+            raise NotFound(what=f"a console in the result of task {args['index']}") from None
     return {"job": args["job"], "index": args["index"], "console": console.decode("utf-8", "replace")}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +18,7 @@ import attrs
 from p2pgrid.errors import Misconfigured, Misused
 from p2pgrid.node import api
 from p2pgrid.node.config import ROLES, Config
-from p2pgrid.node.console import say
+from p2pgrid.node.console import parse_duration, say
 
 LOG = "daemon.log"
 STOP_PATIENCE = 30.0
@@ -27,14 +29,30 @@ def ensure(home: Path) -> None:
     """Leave with a daemon running on `home`: the one there is, the one set up, or an embedded grid."""
     if api.daemon_runs(home):
         return
-    config = Config.load(home)
-    if config is None:
-        say(f"no daemon runs here: starting an embedded grid in {home} (end it with `p2pgrid down`)")
-        config = Config(roles=ROLES, listen="127.0.0.1:0", name="embedded")
-        config.save(home)
-    else:
-        say(f"starting the daemon of {home} (end it with `p2pgrid down`)")
-    spawn(home).ready()
+    with _alone(home):
+        if api.daemon_runs(home):
+            return
+        if Config.load(home) is None:
+            say(f"no daemon runs here: starting an embedded grid in {home} (end it with `p2pgrid down`)")
+            Config(roles=ROLES, listen="127.0.0.1:0", name="embedded").save(home)
+        else:
+            say(f"starting the daemon of {home} (end it with `p2pgrid down`)")
+        spawn(home).ready()
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One command at a time starts a daemon on `home`.  Raises `Misconfigured`."""
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as refused:
+        raise Misconfigured(why=f"cannot keep a daemon's data in {home}: {refused.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 @attrs.frozen
@@ -69,7 +87,7 @@ def spawn(home: Path, *, with_parent: bool = False) -> Starting:
 
     With `with_parent` call it from the main thread: the kernel takes the thread for the parent.
     """
-    ready, theirs = os.pipe()
+    ready, theirs = os.pipe()  # not inherited: who is started beside does not keep a dead one's pipe
     command = [sys.executable, "-m", "p2pgrid.node.daemon", str(home), "--ready-fd", str(theirs)]
     if with_parent:
         command.append("--with-parent")
@@ -121,6 +139,14 @@ def ledger_path(db: str | None) -> str | None:
     if not db.startswith("sqlite:///"):
         raise Misused(why=f"--db {db!r}: this version keeps its ledger in SQLite; write sqlite:///FILE")
     return str(Path(db.removeprefix("sqlite:///")).absolute())
+
+
+def lease(text: str) -> float:
+    """The duration of a lease in seconds.  Raises `Misused`."""
+    seconds = parse_duration(text)
+    if not 5 <= seconds <= 3600:
+        raise Misused(why=f"--lease {text!r}: choose between 5s and 1h")
+    return seconds
 
 
 def card(rows: Sequence[tuple[str, str]]) -> str:

@@ -27,6 +27,9 @@ from p2pgrid.transfer.exchange import Exchange, Fetched, Progress
 STALL_PATIENCE = 300.0
 """Seconds without one new byte after which a fetch for a job is given up and the task tried elsewhere."""
 
+HINT_PATIENCE = 3.0
+"""Seconds that the coordinator gets to say who has something."""
+
 Watch = Callable[[Progress], None]
 
 
@@ -55,15 +58,17 @@ class Node:
     grid: PeerId
     """Peer id of the grid's coordinator."""
     roles: tuple[str, ...]
+    stopping: trio.Event
+    """This daemon is told to end."""
     received: Counter[PeerId] = attrs.field(factory=Counter)
     """Payload bytes fetched since the start, by peer."""
     running: dict[str, Running] = attrs.field(factory=dict)
     fetching: set[str] = attrs.field(factory=set)
     """Data on their way here because of an order."""
     connected: bool = False
-    stopping: trio.Event = attrs.field(factory=trio.Event)
-    """Set when a person asked this daemon to end."""
     _news: trio.Event = attrs.field(factory=trio.Event)
+    _unannounced: dict[str, None] = attrs.field(factory=dict)
+    _to_announce: trio.Event = attrs.field(factory=trio.Event)
 
     def tell(self) -> None:
         """Have the next beat go out at once: there is news for the coordinator."""
@@ -100,20 +105,34 @@ class Node:
         if scope.cancelled_caught:
             raise Temporary(why=f"no peer sent a byte of {datum} for {patience:.0f} s")
         self.received.update(fetched.bytes_by_peer)
-        await self.announce(datum)
+        self.announce(datum)
         return fetched
 
-    async def announce(self, datum: str) -> None:
-        """Tell the DHT and the coordinator that `datum` is complete here."""
+    def announce(self, datum: str) -> None:
+        """Have the coordinator and the index told that `datum` is complete here.
+
+        Nobody waits for it: the index may take long to find that servers are out of reach.
+        """
         self.tell()
-        cid = Cid.parse(datum)
-        content = decode_datum(await trio.to_thread.run_sync(self.store.get_object, cid)).content
-        try:
-            await self.index.provide(bytes(cid))
-            if content is not None:
-                await self.index.provide(bytes(content))
-        except GridError:
-            pass  # a hint that could not be given now is given again by the index's refresh
+        self._unannounced[datum] = None
+        self._to_announce.set()
+
+    async def keep_announcing(self) -> None:
+        """Tell the index, for ever: one record for each datum and one for its content."""
+        while True:
+            await self._to_announce.wait()
+            self._to_announce = trio.Event()
+            while self._unannounced:
+                datum = next(iter(self._unannounced))
+                del self._unannounced[datum]
+                cid = Cid.parse(datum)
+                with contextlib.suppress(
+                    GridError
+                ):  # dropped meanwhile; what failed is told again by the index
+                    content = decode_datum(await trio.to_thread.run_sync(self.store.get_object, cid)).content
+                    await self.index.provide(bytes(cid))
+                    if content is not None:
+                        await self.index.provide(bytes(content))
 
     def complete(self, datum: str) -> bool:
         """Whether every chunk of `datum` is here."""
@@ -125,11 +144,14 @@ class Node:
             await trio.to_thread.run_sync(self.store.drop, Cid.parse(datum))
 
     async def providers(self, datum: str) -> tuple[m.Provider, ...]:
-        """Who has `datum`, as the coordinator knows; nobody where it is away or knows no such datum."""
-        try:
-            return await self.coordinator.providers(datum)
-        except GridError:
-            return ()
+        """Who has `datum`, as the coordinator knows; nobody where it is away or knows no such datum.
+
+        It need not be waited for long: the index knows, too.
+        """
+        found: tuple[m.Provider, ...] = ()
+        with trio.move_on_after(HINT_PATIENCE), contextlib.suppress(GridError):
+            found = await self.coordinator.providers(datum)
+        return found
 
     @contextlib.asynccontextmanager
     async def scratchpad(self) -> AsyncIterator[Path]:

@@ -68,10 +68,15 @@ def disk(v: Answer) -> str:
 
 
 def verified(v: Answer) -> str:
-    if not v["bad"]:
-        return f"{v['name']}: all {v['checked']} chunks held here are good"
-    rest = v["bad"] - v["repaired"]
-    return f"{v['name']}: {v['bad']} bad chunk(s) found, {v['repaired']} repaired from peers" + (
+    lines = [_verified(d) for d in v["data"] if d["bad"]]
+    if not lines:
+        return f"all {v['checked']} chunks held here are good"
+    return "\n".join(lines)
+
+
+def _verified(d: Answer) -> str:
+    rest = d["bad"] - d["repaired"]
+    return f"{d['name']}: {d['bad']} bad chunk(s) found, {d['repaired']} repaired from peers" + (
         f", {rest} still missing" if rest else ""
     )
 

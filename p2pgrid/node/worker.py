@@ -9,6 +9,7 @@ coordinator is away the VM runs on; whether the lease still holds is found out w
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -21,10 +22,11 @@ import trio
 from p2pgrid.dht.publish import publish_tree
 from p2pgrid.dht.restore import restore_tree
 from p2pgrid.dht.shelf import Shelf
-from p2pgrid.errors import GridError, Temporary, Unreachable
+from p2pgrid.errors import GridError
 from p2pgrid.ids import Cid, PeerId
-from p2pgrid.node.holdings import backoff, capacity, free
+from p2pgrid.node.holdings import capacity, free
 from p2pgrid.node.node import STALL_PATIENCE, Node, Running
+from p2pgrid.node.patience import backoff, patiently
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Gone, Outcome, ResultTree, Revoked
 from p2pgrid.transfer.exchange import Progress
@@ -35,6 +37,8 @@ log = structlog.get_logger()
 
 RENEWALS = 4
 """Renewals within one lease's time: three may be lost."""
+NEWS_PERIOD = 1.0
+"""Seconds between two words on how the work goes."""
 PULL_PATIENCE = 20.0
 """Seconds that a pull may wait at the coordinator."""
 OWN = ".p2pgrid"
@@ -53,7 +57,7 @@ async def work(node: Node, hypervisor: Hypervisor) -> None:
                     free(node, capacity(node)), tuple(node.running), PULL_PATIENCE
                 )
                 failures = 0
-            except (Unreachable, Temporary):
+            except GridError:  # why is said where orders are waited for
                 grant = None
                 await trio.sleep(backoff(failures))
                 failures += 1
@@ -88,31 +92,33 @@ async def _work_lease(
 
 
 async def _renew(node: Node, grant: m.Grant, lease: Running) -> None:
-    """Keep the lease; where it was taken back, end the work."""
+    """Keep the lease, and tell how the work goes; where it was taken back, end the work."""
+    told, due = "", 0.0
     while True:
-        await trio.sleep(grant.ttl / RENEWALS)
-        try:
-            await node.coordinator.renew(grant.task, grant.epoch, lease.note)
-        except (Gone, Revoked):
-            lease.scope.cancel()
-        except GridError as away:
-            log.debug("lease not renewed", task=grant.task, why=str(away))
+        if lease.note != told or trio.current_time() >= due:
+            told, due = lease.note, trio.current_time() + grant.ttl / RENEWALS
+            await _renew_once(node, grant, lease)
+        await trio.sleep(min(NEWS_PERIOD, grant.ttl / RENEWALS))
+
+
+async def _renew_once(node: Node, grant: m.Grant, lease: Running) -> None:
+    try:
+        await node.coordinator.renew(grant.task, grant.epoch, lease.note)
+    except (Gone, Revoked):
+        lease.scope.cancel()
+    except GridError as away:
+        log.debug("lease not renewed", task=grant.task, why=str(away))
 
 
 async def _report(node: Node, grant: m.Grant, outcome: Outcome) -> None:
     """Report until it is acknowledged, or nobody wants it any more."""
-    failures = 0
-    while True:
-        try:
-            await node.coordinator.report(grant.task, grant.epoch, outcome)
-            return
-        except (Gone, Revoked):
-            if outcome.result is not None:  # nobody waits for it
-                await trio.to_thread.run_sync(node.store.drop, Cid.parse(outcome.result.datum))
-            return
-        except (Unreachable, Temporary):
-            await trio.sleep(backoff(failures))
-            failures += 1
+    try:
+        await patiently(lambda: node.coordinator.report(grant.task, grant.epoch, outcome), math.inf)
+    except GridError as unwanted:
+        if not isinstance(unwanted, (Gone, Revoked)):
+            log.error("report refused", task=grant.task, epoch=grant.epoch, why=str(unwanted))
+        if outcome.result is not None:
+            await node.drop(outcome.result.datum)
 
 
 async def _outcome(
@@ -143,7 +149,7 @@ async def _run(node: Node, hypervisor: Hypervisor, grant: m.Grant, lease: Runnin
             what = "disk" if wanted is grant.disk else "inputs"
 
             def watch(p: Progress, what: str = what) -> None:
-                lease.note = f"fetching the {what}: {100 * p.bytes_done // max(1, p.bytes_total)} %"
+                lease.note = f"fetching the {what}: {10 * (10 * p.bytes_done // max(1, p.bytes_total))} %"
 
             fetched = await node.fetch(wanted.datum, wanted.peers, watch, STALL_PATIENCE)
             sources.update(fetched.bytes_by_peer)
@@ -162,7 +168,7 @@ async def _run(node: Node, hypervisor: Hypervisor, grant: m.Grant, lease: Runnin
         end = await run_guest(hypervisor, ShelfSource(shelf), spec, context, folder)
     lease.note = "packing the results"
     result = await trio.to_thread.run_sync(_pack, node, end.results, end.console)
-    await node.announce(result.datum)
+    node.announce(result.datum)
     lost = end.note != "" and end.why == "off"  # it ended well, and its results could not be read
     return Outcome(
         exit=None if lost else end.exit,

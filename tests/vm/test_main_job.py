@@ -141,7 +141,7 @@ def test_disks_and_nodes_are_listed(grid, disk):
     shown = grid("disk", "show", disk, "--json").json
     assert (shown["size"], shown["chunk_size"], shown["chunks"], shown["holes"]) == (MIB, MIB // 4, 1, 3)
     assert disk in grid("disk", "show").out
-    verified = grid("disk", "verify", "--json")
+    verified = grid("disk", "verify", "bios.raw", "--json")
     assert (verified.code, verified.json["bad"], verified.json["checked"]) == (0, 0, 1)
     (node,) = grid("node", "ls", "--json").json["nodes"]
     assert (node["name"], node["state"], node["slots"]) == ("embedded", "online", 1)
