@@ -27,7 +27,9 @@ PATIENCE = 60.0
 """Seconds; far more than anything takes here."""
 
 
-def command(program: str, *words: object, home: Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+def command(
+    program: str, *words: object, home: Path, cwd: Path | None = None, **env: str
+) -> subprocess.Popen[str]:
     """`p2pgrid` or `p2pnode` with `words`, started as leader of a process group, as a shell does."""
     module = {"p2pgrid": "p2pgrid.cli", "p2pnode": "p2pgrid.node.cli"}[program]
     return subprocess.Popen(
@@ -37,7 +39,7 @@ def command(program: str, *words: object, home: Path, cwd: Path | None = None) -
         stderr=subprocess.PIPE,
         text=True,
         cwd=cwd or home.parent,
-        env={**os.environ, "P2PGRID_HOME": str(home)},
+        env={**os.environ, "P2PGRID_HOME": str(home), **env},
         process_group=0,
     )
 
@@ -58,9 +60,9 @@ class Said:
         return said
 
 
-def run(program: str, *words: object, home: Path, cwd: Path | None = None) -> Said:
+def run(program: str, *words: object, home: Path, cwd: Path | None = None, **env: str) -> Said:
     """Run a command to its end; it never shows a traceback."""
-    with command(program, *words, home=home, cwd=cwd) as process:
+    with command(program, *words, home=home, cwd=cwd, **env) as process:
         try:
             out, err = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
@@ -70,12 +72,30 @@ def run(program: str, *words: object, home: Path, cwd: Path | None = None) -> Sa
     return Said(process.returncode, out, err)
 
 
-def p2pgrid(*words: object, home: Path, cwd: Path | None = None) -> Said:
-    return run("p2pgrid", *words, home=home, cwd=cwd)
+def p2pgrid(*words: object, home: Path, cwd: Path | None = None, **env: str) -> Said:
+    return run("p2pgrid", *words, home=home, cwd=cwd, **env)
 
 
-def p2pnode(*words: object, home: Path, cwd: Path | None = None) -> Said:
-    return run("p2pnode", *words, home=home, cwd=cwd)
+def p2pnode(*words: object, home: Path, cwd: Path | None = None, **env: str) -> Said:
+    return run("p2pnode", *words, home=home, cwd=cwd, **env)
+
+
+def interrupted(process: subprocess.Popen[str], at: str, number: int = signal.SIGINT) -> Said:
+    """Send `number` to the process group, as a terminal does, once `process` has said `at` on stderr."""
+    assert process.stderr is not None
+    said = []
+    with process:
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith(at):
+                break
+        else:
+            raise AssertionError(f"it never said {at!r}: {said}")
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=PATIENCE)
+    said.append(err)
+    assert "Traceback" not in out + "".join(said), said
+    return Said(process.returncode, out, "".join(said))
 
 
 def until(true: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:

@@ -46,6 +46,7 @@ def run_app(app: App, name: str, version: str) -> int:
     from cyclopts import CycloptsError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
+    app.suppress_keyboard_interrupt = False
     try:
         result = app(exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
