@@ -224,7 +224,7 @@ def kill_coordinators(kills: int, seed: int, tasks: int) -> dict[str, Any]:
             if not jobs.look(found):
                 jobs.submit(tasks)
             period = rng.uniform(0.2, 4.0)
-            submitting = threading.Timer(rng.uniform(0.8, 1) * period, submit_or_not, [jobs, found])
+            submitting = threading.Timer(rng.uniform(0, 1) * period, submit_or_not, [jobs, found])
             submitting.daemon = True
             submitting.start()
             time.sleep(period)

@@ -1,6 +1,6 @@
 """Measure a disk's way from its putter to N workers, and libtorrent's with the same file.
 
-    python bench/swarm.py [--disk FILE] [--workers 1 4] [--only p2pgrid | libtorrent] [--out FILE]
+    python -m bench.swarm [--disk FILE] [--workers 1 4] [--systems p2pgrid written libtorrent] [--out FILE]
 
 Everything is on loopback and in processes of its own: the daemons of a real grid, and beside
 them one libtorrent seeder and N leechers.  All N begin at the same moment.
@@ -8,6 +8,7 @@ them one libtorrent seeder and N leechers.  All N begin at the same moment.
     p2pgrid      a coordinator, which is the putter, and N idle workers; the fetch is the first
                  half of `get`, up to the moment where the disk is complete and verified in the
                  worker's store.  Holders are looked up, links made and bytes encrypted (TLS 1.3)
+    written      the same, and the whole of `get`: until the VDI is on the worker's file system, too
     libtorrent   BitTorrent v1 over plain TCP; peers are told of each other, the seeder does not
                  hash its file; from the first dial until the file is complete and verified
 
@@ -33,10 +34,18 @@ from tests.grid_processes import Daemon, Grid
 PATIENCE = 900.0
 """Seconds that one transfer may take."""
 GIB = 1 << 30
+SYSTEMS = ["p2pgrid", "written", "libtorrent"]
 
 
 class Complete(Exception):
     """The disk is in the worker's store; the rest of `get` is not wanted."""
+
+
+def get(worker: Daemon, datum: str) -> float:
+    """Seconds until the disk is a file at the worker's."""
+    started = time.monotonic()
+    worker.ask("get", disk=datum, out=str(worker.home / "disk"), format=None)
+    return time.monotonic() - started
 
 
 def fetch(worker: Daemon, datum: str) -> float:
@@ -83,9 +92,9 @@ def row(system: str, gib: float, found: dict[str, Any], from_putter: int, from_p
     }
 
 
-def p2pgrid(disk: Path, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def p2pgrid(disk: Path, count: int, system: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The transfer's row, and what putting the disk took."""
-    gib = disk.stat().st_size / GIB
+    gib, bring = disk.stat().st_size / GIB, get if system == "written" else fetch
     with bench_grid(count) as grid:
         putter, workers = grid.coordinator, grid.workers
         pids = [daemon.process.pid for daemon in (putter, *workers)]
@@ -100,9 +109,9 @@ def p2pgrid(disk: Path, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
             "wire_mib": put["wire_bytes"] >> 20,
         }
         found = measure(
-            pids, lambda: together([lambda w=w: fetch(w, put["disk"]) for w in workers], PATIENCE)
+            pids, lambda: together([lambda w=w: bring(w, put["disk"]) for w in workers], PATIENCE)
         )
-        return row("p2pgrid", gib, found, *sources(grid)), put_row
+        return row(system, gib, found, *sources(grid)), put_row
 
 
 def sources(grid: Grid) -> tuple[int, int]:
@@ -193,31 +202,34 @@ def line(r: dict[str, Any]) -> str:
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     keys = ("wall", "cpu_all_per_gib_and_copy", "peak_worker", "mib_from_putter")
     ratios = {key: round(ours[key] / theirs[key], 2) for key in keys if theirs[key]}
-    return {"bench": "ratio", "workers": ours["workers"], **ratios}
+    return {"bench": "ratio to libtorrent", "system": ours["system"], "workers": ours["workers"], **ratios}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--disk", type=Path, help="an image to move [a Debian of about 1 GiB, built once]")
     arguments.add_argument("--workers", type=int, nargs="+", default=[1, 4])
-    arguments.add_argument("--only", choices=["p2pgrid", "libtorrent"])
+    arguments.add_argument("--systems", choices=SYSTEMS, nargs="+", default=SYSTEMS)
     arguments.add_argument("--out", type=Path, help="where the JSON lines go, too")
     given = arguments.parse_args()
     disk = given.disk.absolute() if given.disk else disk_1g()
     rows: list[dict[str, Any]] = []
     for count in given.workers:
-        pair = []
-        if given.only != "libtorrent":
-            ours, put = p2pgrid(disk, count)
-            pair.append(ours)
-            rows.append(put)
-            report(f"put: {put}")
-        if given.only != "p2pgrid":
-            pair.append(libtorrent(disk, count))
-        for r in pair:
-            report(f"{HEAD}\n{line(r)}")
-        rows += [*pair, *([ratio(*pair)] if len(pair) == 2 else [])]
-    report("\n".join(["", HEAD, *(line(r) for r in rows if r["bench"] == "swarm")]))
+        for system in given.systems:
+            if system == "libtorrent":
+                rows.append(libtorrent(disk, count))
+            else:
+                ours, put = p2pgrid(disk, count, system)
+                report(f"put: {put}")
+                rows += [put, ours]
+            report(f"{HEAD}\n{line(rows[-1])}")
+    found = {(r["system"], r["workers"]): r for r in rows if r["bench"] == "swarm"}
+    rows += [
+        ratio(ours, found["libtorrent", count])
+        for (system, count), ours in found.items()
+        if system != "libtorrent" and ("libtorrent", count) in found
+    ]
+    report("\n".join(["", HEAD, *map(line, found.values())]))
     lines = "".join(json.dumps(r) + "\n" for r in rows)
     sys.stdout.write(lines)
     if given.out:
