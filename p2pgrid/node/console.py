@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cyclopts import App
 
 SCHEMA = 1
+TASKS_MAX = 100_000
+"""Tasks of one array."""
 LINE_PERIOD = 5.0
 """Seconds between progress lines where stderr is not a terminal."""
 
@@ -38,11 +40,8 @@ def default_home() -> Path:
     return Path(data).absolute() / "p2pgrid"
 
 
-def run_app(app: App, name: str, version: str) -> int:
+def run_app(app: App, name: str) -> int:
     """Run the command that `sys.argv` names; errors become one sentence and an exit code."""
-    if sys.argv[1:] == ["--version"]:
-        print(f"{name} {version}")
-        return 0
     from cyclopts import CycloptsError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
@@ -102,8 +101,9 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|)", re.IGNORECASE)
+_NUMBER = r"(\d{1,15}(?:\.\d{1,15})?)\s*"
+_SIZE = re.compile(_NUMBER + r"([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(_NUMBER + r"(s|m|h|d|)", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
@@ -122,6 +122,24 @@ def parse_duration(text: str) -> float:
     if not match:
         raise Misused(why=f"{text!r} is not a duration; write 90s, 15m or 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
+
+
+def parse_indices(text: str) -> list[int]:
+    """'0-99', '3' or '1,4-6' as task indices.  Raises `Misused`."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not _number(first) or (dash and not _number(last)):
+            raise Misused(why=f"--array {text!r}: write 0-99 or 1,4-6")
+        span = range(int(first), int(last if dash else first) + 1)
+        if not 0 < len(span) <= TASKS_MAX - len(found):
+            raise Misused(why=f"--array {text!r}: between 1 and {TASKS_MAX} tasks are possible")
+        found += span
+    return sorted(set(found))
+
+
+def _number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 class Bars:
@@ -152,6 +170,10 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         if self._rich:
             self._rich.stop()
+
+    def event(self, news: dict[str, Any]) -> None:
+        """What a daemon tells of its progress."""
+        self.show(news["phase"], news["done"], news["total"], news.get("note", ""))
 
     def show(self, what: str, done: float, total: float, note: str = "") -> None:
         """`what` stands at `done` of `total`."""

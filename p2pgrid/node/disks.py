@@ -15,7 +15,7 @@ from p2pgrid.dht.manifest import CHUNK_SIZE, Content, Disk, Recipe, read_layout
 from p2pgrid.dht.publish import publish_disk
 from p2pgrid.dht.restore import restore_disk
 from p2pgrid.dht.shelf import Shelf
-from p2pgrid.errors import GridError, NotFound, Refused
+from p2pgrid.errors import Conflict, GridError, NotAuthorised, NotFound, Refused
 from p2pgrid.ids import Cid
 from p2pgrid.node.api import Tell
 from p2pgrid.node.node import HINT_PATIENCE, STALL_PATIENCE, Node
@@ -83,6 +83,7 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
     """Cut a disk image into the store, make it known, and seed it."""
     path = Path(args["path"])
     ticker = Ticker(tell, "cutting")
+    before = {str(h.datum) for h in await trio.to_thread.run_sync(node.store.held)}
     done = await ticker.run(lambda: publish_disk(node.store, path, node.identity.signing_key, ticker))
     disk = Disk.decode(node.store.get_object(done.datum))
     recipe = Recipe.decode(node.store.get_object(disk.recipe))
@@ -98,7 +99,12 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
         wire_bytes=done.wire_bytes,
         replica=args.get("replica", 1),
     )
-    await patiently(lambda: node.coordinator.put(record))
+    try:
+        await patiently(lambda: node.coordinator.put(record))
+    except (Conflict, NotAuthorised):
+        if record.datum not in before:  # nobody is to know of it, so nobody will ever drop it
+            await node.drop(record.datum)
+        raise
     node.announce(record.datum)
     if args.get("wait"):
         await _until_placed(node, record, tell)

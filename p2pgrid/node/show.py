@@ -103,6 +103,8 @@ def job(v: Answer) -> str:
         for t in v["tasks"]
     ]
     head = f"job {v['job']}  {v['state']}  disk {v['disk']}\n"
+    if v["why"]:
+        head += f"waiting: {v['why']}\n"
     return head + table(rows, "TASK", "STATE", "NODE", "EXIT", "TRIES", "NOTE")
 
 

@@ -1,0 +1,165 @@
+"""`p2pnode`: lend this computer to a grid, and keep the say over it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from p2pgrid import __version__
+from p2pgrid.errors import Conflict, GridError, Misused, NotFound, Refused
+from p2pgrid.node import api, launch, show
+from p2pgrid.node.config import FILE, TICKET, Config
+from p2pgrid.node.console import default_home, emit, parse_size, say
+
+app = App(name="p2pnode", version=f"p2pnode {__version__}", help="Lend this computer to a grid.")
+
+Home = Annotated[
+    Path | None, Parameter(name="--data-dir", help="Everything of one daemon [env: P2PGRID_HOME].")
+]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON document on stdout.")]
+
+
+def _home(given: Path | None) -> Path:
+    return given.absolute() if given else default_home()
+
+
+@app.command
+def join(
+    ticket: Annotated[
+        str | None, Parameter(name="TICKET", help="As p2pgrid token create printed it.")
+    ] = None,
+    /,
+    *,
+    listen: Annotated[str, Parameter(help="ADDRESS:PORT for other nodes.")] = "0.0.0.0:0",
+    share: Annotated[
+        list[str] | None, Parameter(help="Something jobs may need and find here.", negative="")
+    ] = None,
+    name: Annotated[str | None, Parameter(help="What others call this node [the host's name].")] = None,
+    slots: Annotated[int, Parameter(help="How many VMs may run at once.")] = 1,
+    quota: Annotated[str | None, Parameter(help="Most the chunk store may take, 20G.")] = None,
+    yes: Annotated[bool, Parameter(negative="", help="Do not ask.")] = False,
+    foreground: Annotated[bool, Parameter(negative="", help="Stay here until Ctrl-C.")] = False,
+    data_dir: Home = None,
+    as_json: Json = False,
+) -> int:
+    """Join a grid with a ticket ("file:PATH" reads it, $P2PGRID_TICKET too); with none, rejoin."""
+    home = _home(data_dir)
+    if api.daemon_runs(home):
+        raise Conflict(what=f"a daemon runs on {home} already; `p2pnode leave` ends its membership")
+    text = _ticket_text(ticket)
+    before = Config.load(home)
+    if text is not None:
+        _set_up(home, text, listen, tuple(share or ()), name, slots, quota, yes)
+    elif before is None:
+        raise Misused(why=f"{home} belongs to no grid yet; a ticket is needed (p2pgrid token create)")
+    if foreground:
+        from p2pgrid.node.daemon import run_stored
+
+        return run_stored(home)
+    try:
+        launch.spawn(home).ready()
+    except (GridError, KeyboardInterrupt):
+        if text is not None:  # it was not let in: what was before, is
+            (home / TICKET).unlink(missing_ok=True)
+            if before is None:
+                (home / FILE).unlink(missing_ok=True)
+            else:
+                before.save(home)
+        raise
+    emit(api.call(home, "status"), as_json, show.status)
+    return 0
+
+
+def _ticket_text(given: str | None) -> str | None:
+    given = given or os.environ.get("P2PGRID_TICKET")
+    if given is None or not given.startswith("file:"):
+        return given
+    try:
+        return Path(given.removeprefix("file:")).read_text().strip()
+    except OSError as gone:
+        raise NotFound(what=f"the ticket in {given}: {gone.strerror}") from None
+
+
+def _set_up(
+    home: Path,
+    text: str,
+    listen: str,
+    shares: tuple[str, ...],
+    name: str | None,
+    slots: int,
+    quota: str | None,
+    yes: bool,
+) -> None:
+    """Ask the volunteer, then write what the daemon needs to join."""
+    from p2pgrid.node.ticket import read_ticket
+
+    ticket = read_ticket(text)
+    before = Config.load(home)
+    if before is not None and before.coordinator != ticket.coordinator:
+        raise Conflict(what=f"a membership in another grid, in {home}; p2pnode leave ends it")
+    if slots < 1:
+        raise Misused(why="--slots is at least 1")
+    card = [
+        ("Grid", f"coordinator {ticket.coordinator}"),
+        ("Wants", f"run VM jobs of the grid's submitters here, {slots} at once, at the lowest priority"),
+        ("Disk", f"keep verified chunks, at most {quota or 'what is free less 1 GiB'}, under {home}"),
+        ("Network", "exchange chunks with other members; the VMs get no network at all"),
+        ("Leave", "p2pnode leave, at any time"),
+    ]
+    say(launch.card(card))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise Refused(why="nobody is there to say yes; --yes joins without asking")
+        if input("Join? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise Refused(why="you said no; nothing was changed")
+    Config(
+        roles=("worker",),  # the coordinator answers with the ticket's own
+        listen=listen,
+        name=name or socket.gethostname(),
+        shares=shares,
+        slots=slots,
+        quota=parse_size(quota) if quota else None,
+        coordinator=ticket.coordinator,
+        addresses=tuple(ticket.addresses),
+    ).save(home)
+    secret = os.open(home / TICKET, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(secret, "w") as file:
+        file.write(text)
+
+
+@app.command
+def status(*, data_dir: Home = None, as_json: Json = False) -> int:
+    """Show this node: its grid, what it holds, what it runs."""
+    emit(api.call(_home(data_dir), "status"), as_json, show.status)
+    return 0
+
+
+@app.command
+def leave(
+    *,
+    keep_chunks: Annotated[
+        bool, Parameter(negative="", help="Keep the chunk store for a later grid.")
+    ] = False,
+    data_dir: Home = None,
+) -> int:
+    """Leave the grid: running VMs end, their tasks run elsewhere, the daemon stops."""
+    home = _home(data_dir)
+    if api.daemon_runs(home):
+        api.call(home, "leave")
+        launch.stop(home)
+    elif Config.load(home) is None:
+        raise NotFound(what=f"a membership in {home}")
+    else:
+        say("no daemon runs here: the coordinator will notice by itself that this node is gone")
+    for name in (FILE, TICKET, launch.LOG):
+        (home / name).unlink(missing_ok=True)
+    if not keep_chunks:
+        shutil.rmtree(home / "store", ignore_errors=True)
+    say("left the grid")
+    return 0
