@@ -37,6 +37,8 @@ from p2pgrid.transfer.pace import CHUNKS_MAX
 from tests.grid_processes import Daemon, Grid
 from tests.vm.bios.disk import bios_disk
 
+LINKING = 0.4
+"""Share of a whole fetch's time that one takes which has little left to bring."""
 FINISH = 600.0
 """Seconds that what is left may take when the kills are over."""
 CUT = (api.Told, api.NoDaemon, OSError)
@@ -89,7 +91,8 @@ def kill_workers(kills: int, seed: int, mib: int) -> dict[str, Any]:
             sent, chunks, whole = disk.sent(peer), disk.chunks(worker), False
             while found["kills"] < kills and not whole:
                 fetch = Fetch(worker, disk.datum, disk.out)
-                whole = fetch.writing.wait(rng.uniform(0, usual))
+                missing = 1 - chunks / disk.total
+                whole = fetch.writing.wait(rng.uniform(0, usual * max(LINKING, missing)))
                 if whole:
                     break
                 worker.kill()
@@ -97,6 +100,7 @@ def kill_workers(kills: int, seed: int, mib: int) -> dict[str, Any]:
                 found["kills"] += 1
                 worker.restart()
                 now = disk.verify(worker, found)
+                found["midway"] += now > chunks
                 new_sent = disk.sent(peer)
                 again = round((new_sent - sent) / CHUNK_SIZE) - (now - chunks)
                 most_again = max(most_again, again)
@@ -110,6 +114,7 @@ def kill_workers(kills: int, seed: int, mib: int) -> dict[str, Any]:
     return {
         "bench": "kill a fetching worker",
         "kills": found["kills"],
+        "kills_while_chunks_came": found["midway"],
         "seed": seed,
         "disks": rounds,
         "mib": mib,
@@ -136,6 +141,7 @@ class Disk:
         put = self._putter.ask("put", path=str(path), name=name, replica=0)
         path.unlink()
         self.datum: str = put["disk"]
+        self.total: int = put["chunks"]
         self.frame: int = put["wire_bytes"] // put["chunks"]
 
     def sent(self, peer: str) -> int:
