@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import select
 import socket
 import ssl
@@ -46,8 +47,11 @@ class Receiver(Protocol):
         """`message` is good until this returns.  Raising `PeerError` ends the link."""
         ...
 
-    def drained(self) -> None:
-        """Less than `LOW` bytes wait to be sent: the time to send something long."""
+    def drained(self) -> float | None:
+        """Less than `LOW` bytes wait to be sent: the time to send something long.
+
+        Returns the seconds after which it wants to be called again even if nothing happens.
+        """
         ...
 
     def left(self, why: str) -> None:
@@ -146,15 +150,14 @@ class Link:
             pulled = self._pull()
             if pulled is None:
                 return "the peer closed the link"
-            if self._queued < LOW:
-                self.receiver.drained()
+            again = self.receiver.drained() if self._queued < LOW else None
             pushed, sent = self._push()
             if pulled == select.POLLPRI or (sent and self._queued < LOW):
                 continue  # more may be there to read, or to be asked for
             if (pushed | pulled) != interest:
                 interest = pushed | pulled
                 poll.modify(self._socket, interest)
-            for fd, _ in poll.poll():
+            for fd, _ in poll.poll(None if again is None else math.ceil(1000 * again)):
                 if fd == self._woken.fileno():
                     with self._lock:
                         self._woken.recv(1)

@@ -2,16 +2,19 @@
 
 Whatever is here is served, packs that are still incomplete, too.  Requests wait as numbers,
 not as bytes: a frame is read from the store, in the link's own thread, when the link has
-room for it.  A frame that turns out to be missing or rotten is refused, never sent.
+room for it.  Which one, and whether it waits a moment, `turns.py` decides; all links share what
+it knows of a pack.  A frame that turns out to be missing or rotten is refused, never sent.
 """
 
 from __future__ import annotations
 
-import collections
-import itertools
 import math
 import threading
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable
+
+import attrs
 
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
@@ -34,51 +37,52 @@ from p2pgrid.transfer.messages import (
     Request,
     encode,
 )
+from p2pgrid.transfer.turns import Asks, Turns
 
 TOPICS_MAX = 1024
 """Packs that one peer wants at once."""
 REQUESTS_MAX = 65536
 """Frames and objects that one peer may have asked for and not got yet."""
-CHOICE = 64
-"""Requests looked at for the one to serve next: a peer's whole window."""
 
 Wish = Open | Request | Cancel | GetObject | Close
 """The messages that ask for something."""
 
 
 class Audience:
-    """Who has opened which pack here, under what number, and what they were sent.  Thread-safe."""
+    """Who has opened which pack here, under what number, and what of it was sent.  Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
         self._lock = threading.Lock()
-        self._topics: dict[Cid, dict[Link, int]] = {}
-        self._copies: dict[Cid, collections.Counter[int]] = {}
+        self._topics: dict[Cid, dict[tuple[Link, int], None]] = {}
+        self._turns: dict[Cid, Turns] = {}
 
     def join(self, pack: Cid, link: Link, topic: int) -> None:
         with self._lock:
-            self._topics.setdefault(pack, {})[link] = topic
+            self._topics.setdefault(pack, {})[link, topic] = None
 
-    def leave(self, pack: Cid, link: Link) -> None:
+    def leave(self, pack: Cid, link: Link, topic: int) -> None:
         with self._lock:
             topics = self._topics.get(pack, {})
-            topics.pop(link, None)
+            topics.pop((link, topic), None)
             if not topics:
                 self._topics.pop(pack, None)
-                self._copies.pop(pack, None)
 
-    def sent(self, pack: Cid, index: int) -> None:
+    def turns(self, pack: Cid, count: int) -> Turns:
+        """What was sent of the pack, of `count` chunks, to those who have it open.
+
+        It is remembered for a moment longer: whoever comes just after the last one left can
+        have most of it from that one.
+        """
         with self._lock:
-            if pack in self._topics:
-                self._copies.setdefault(pack, collections.Counter())[index] += 1
-
-    def copies(self, pack: Cid | None, index: int) -> int:
-        """How often the chunk was sent while anybody had the pack open."""
-        copies = self._copies.get(pack) if pack is not None else None
-        return copies[index] if copies is not None else 0
+            now = self.now()
+            for other in [p for p, t in self._turns.items() if p not in self._topics and t.quiet(now)]:
+                del self._turns[other]
+            return self._turns.setdefault(pack, Turns(count))
 
     def of(self, pack: Cid) -> list[tuple[Link, int]]:
         with self._lock:
-            return list(self._topics.get(pack, {}).items())
+            return list(self._topics.get(pack, ()))
 
     def tell(self, pack: Cid, indices: list[int]) -> None:
         """Everyone who has opened `pack`: these are here now."""
@@ -99,6 +103,14 @@ def show(link: Link, topic: int, shelf: Shelf) -> None:
         link.send(*encode(Bitfield(topic, 8 * start, bits[start : start + BITS_MAX])))
 
 
+@attrs.define
+class _Topic:
+    """A pack that the peer has opened."""
+
+    pack: Cid
+    asks: Asks | None = None
+
+
 class Seeding:
     """One peer's wishes.  All calls come in the link's thread."""
 
@@ -115,83 +127,110 @@ class Seeding:
         self._audience = audience
         self._opened = opened
         self._sent = sent
-        self._topics: dict[int, Cid] = {}
-        self._requests: dict[tuple[int, int], None] = {}  # an ordered set of topic and index
-        self._objects: collections.deque[Cid] = collections.deque()
+        self._topics: OrderedDict[int, _Topic] = OrderedDict()  # served last is last
+        self._refusals: OrderedDict[tuple[int, int], None] = OrderedDict()  # a set of topic and index
+        self._objects: deque[Cid] = deque()
 
     def take(self, wish: Wish) -> None:
         match wish:
             case Request(topic, indices):
-                # Topics that were closed meanwhile, and unknown ones, are refused when their turn comes.
-                self._requests.update(dict.fromkeys(zip(itertools.repeat(topic), indices, strict=False)))
+                self._ask(topic, indices)
             case Cancel(topic, index):
-                self._requests.pop((topic, index), None)
+                self._refusals.pop((topic, index), None)
+                if topic in self._topics and (asks := self._topics[topic].asks) is not None:
+                    asks.withdraw(index)
             case GetObject(cid):
                 self._objects.append(cid)
+                self._bound()
             case Open(topic, pack):
                 self._open(topic, pack)
             case Close(topic):
-                pack_or_none = self._topics.pop(topic, None)
-                if pack_or_none is not None:
-                    self._audience.leave(pack_or_none, self._link)
-        if len(self._requests) + len(self._objects) > REQUESTS_MAX:
-            raise BadFrame(why="more is asked for than anyone can take")
+                self._close(topic)
 
-    def serve(self) -> None:
-        """Send what was asked for while the link has room."""
+    def serve(self) -> float | None:
+        """Send what was asked for while the link has room.
+
+        Returns the seconds after which there is more to send, if nothing else happens before.
+        """
         while self._link.queued < LOW:
             if self._objects:
                 self._send_object(self._objects.popleft())
-            elif self._requests:
-                request = self._choose()
-                del self._requests[request]
-                self._send_frame(*request)
-            else:
-                return
+            elif self._refusals:
+                request, _ = self._refusals.popitem(last=False)
+                self._link.send(*encode(Refuse(*request)))
+            elif not self._send_frame():
+                due = min((t.asks.due for t in self._topics.values() if t.asks is not None), default=math.inf)
+                return None if due == math.inf else max(0.0, due - self._audience.now())
+        return None
 
     def end(self) -> None:
-        for pack in self._topics.values():
-            self._audience.leave(pack, self._link)
+        for topic in list(self._topics):
+            self._close(topic)
 
     def _open(self, topic: int, pack: Cid) -> None:
-        if self._topics.get(topic, pack) != pack or len(self._topics) >= TOPICS_MAX:
+        known = self._topics.setdefault(topic, _Topic(pack))
+        if known.pack != pack or len(self._topics) > TOPICS_MAX:
             raise BadFrame(why="a topic that is in use, or too many")
-        self._topics[topic] = pack
         self._audience.join(pack, self._link, topic)  # first: from now on it is told what comes
         shelf = self._shelf(pack)
         if shelf is not None:
             show(self._link, topic, shelf)
         self._opened(self._link, topic, pack)
 
-    def _shelf(self, pack: Cid | None) -> Shelf | None:
+    def _close(self, topic: int) -> None:
+        closed = self._topics.pop(topic, None)
+        if closed is not None:
+            if closed.asks is not None:
+                closed.asks.leave()
+            self._audience.leave(closed.pack, self._link, topic)
+
+    def _ask(self, topic: int, indices: tuple[int, ...]) -> None:
+        """Note what is here; the rest, and what topics closed meanwhile ask for, is refused."""
+        known = self._topics.get(topic)
+        shelf = self._shelf(known.pack) if known is not None else None
+        here: list[int] = []
+        if known is not None and shelf is not None:
+            count = len(shelf.frames.lengths)
+            here = [index for index in indices if index < count and shelf.holds(index)]
+            if known.asks is None:
+                known.asks = self._audience.turns(known.pack, count).join(self._link.peer)
+            known.asks.ask(here)
+        if len(here) < len(indices):
+            self._refusals.update(dict.fromkeys((topic, index) for index in set(indices) - set(here)))
+        self._bound()
+
+    def _bound(self) -> None:
+        asked = sum(len(t.asks) for t in self._topics.values() if t.asks is not None)
+        if asked + len(self._refusals) + len(self._objects) > REQUESTS_MAX:
+            raise BadFrame(why="more is asked for than anyone can take")
+
+    def _shelf(self, pack: Cid) -> Shelf | None:
         try:
-            return None if pack is None else self._store.shelf(pack)
+            return self._store.shelf(pack)
         except (BadObject, WorldError):
             return None
 
-    def _choose(self) -> tuple[int, int]:
-        """The request to serve next; the first one for a chunk that nobody was sent yet, as a rule."""
-        best, fewest = (0, 0), math.inf
-        for topic, index in itertools.islice(self._requests, CHOICE):
-            copies = self._audience.copies(self._topics.get(topic), index)
-            if copies < fewest:
-                best, fewest = (topic, index), copies
-                if copies == 0:
-                    break
-        return best
+    def _send_frame(self) -> bool:
+        """Send one frame, topics in turn; False where all that is asked for has to wait."""
+        now = self._audience.now()
+        for topic, known in self._topics.items():
+            index = known.asks.next(now) if known.asks is not None else None
+            if index is not None:
+                self._topics.move_to_end(topic)
+                self._send(topic, known.pack, index)
+                return True
+        return False
 
-    def _send_frame(self, topic: int, index: int) -> None:
-        pack = self._topics.get(topic)
+    def _send(self, topic: int, pack: Cid, index: int) -> None:
         shelf = self._shelf(pack)
         try:
-            if pack is None or shelf is None:
-                raise NotFound(what=f"topic {topic}")
+            if shelf is None:
+                raise NotFound(what=f"pack {pack}")
             frame = shelf.get_frame(index)
         except (ChunkCorrupt, WorldError):
             self._link.send(*encode(Refuse(topic, index)))
             return
         self._link.send(*encode(Frame(topic, index, frame)))
-        self._audience.sent(pack, index)
         self._sent(len(frame))
 
     def _send_object(self, cid: Cid) -> None:

@@ -222,8 +222,8 @@ class Session:
             case wish:
                 self._seeding.take(wish)
 
-    def drained(self) -> None:
-        self._seeding.serve()
+    def drained(self) -> float | None:
+        return self._seeding.serve()
 
     def left(self, why: str) -> None:
         with self._lock:

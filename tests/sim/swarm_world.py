@@ -35,7 +35,7 @@ from p2pgrid.transfer.swarm import (
     Told,
     Withdraw,
 )
-from p2pgrid.transfer.turns import Turns
+from p2pgrid.transfer.turns import Asks, Turns
 
 MBIT = 125_000.0
 TELL_EVERY = 0.2
@@ -63,11 +63,14 @@ class Node:
     name: PeerId
     nature: Nature
     have: set[int]
+    turns: Turns
     swarm: Swarm | None = None
     links: dict[PeerId, int] = attrs.Factory(dict)
     """Peer to the number of the link, which tells old messages from new ones."""
-    turns: Turns = attrs.Factory(Turns)
+    asks: dict[PeerId, Asks] = attrs.Factory(dict)
+    """By peer; who was served last is last."""
     sending: bool = False
+    wakes: float = float("inf")
     down_free: float = 0.0
     untold: list[int] = attrs.Factory(list)
     ticks: float = float("inf")
@@ -111,7 +114,7 @@ class World:
     # --- nodes and links ---
 
     def add(self, name: str, nature: Nature, have: set[int] | None = None) -> Node:
-        node = self.nodes[PeerId(name)] = Node(PeerId(name), nature, have or set())
+        node = self.nodes[PeerId(name)] = Node(PeerId(name), nature, have or set(), Turns(len(self.lengths)))
         if nature.answers and not nature.claims_all:
             self.start(node)
         self.at(self.rng.uniform(0, TELL_EVERY), self.tell, node)
@@ -120,6 +123,7 @@ class World:
     def start(self, node: Node) -> None:
         node.up = True
         node.swarm = Swarm(self.lengths, self.bitmap(node.have), random.Random(self.rng.getrandbits(64)))
+        node.turns = Turns(len(self.lengths))
         self.step(node, Tick())
 
     def bitmap(self, have: set[int]) -> bytes:
@@ -139,7 +143,8 @@ class World:
             return
         del b.links[a.name]
         for one, other in ((a, b), (b, a)):
-            one.turns.leave(other.name)
+            if other.name in one.asks:
+                one.asks.pop(other.name).leave()
             self.step(one, Left(other.name))
 
     def crash(self, node: Node, back_after: float) -> None:
@@ -224,22 +229,35 @@ class World:
     def asked(self, node: Node, by: PeerId, wanted: tuple[int, ...]) -> None:
         if not node.nature.answers:
             return
-        node.turns.ask(by, wanted)
+        if by not in node.asks:
+            node.asks[by] = node.turns.join(by)
+        node.asks[by].ask(wanted)
         self.serve(node)
 
     def withdrawn(self, node: Node, by: PeerId, index: int) -> None:
-        node.turns.withdraw(by, index)
+        if by in node.asks:
+            node.asks[by].withdraw(index)
 
     def serve(self, node: Node) -> None:
+        """Serve whoever may be sent something; while all have to wait, the uplink is idle."""
         if node.sending or not node.up:
             return
-        turn = node.turns.next()
-        if turn is None:
-            return
-        to, index = turn
-        node.sending = True
-        number = node.links[to]
-        self.at(self.now + self.lengths[index] / node.nature.up, self.sent, node, to, number, index)
+        for to, asks in node.asks.items():
+            index = asks.next(self.now)
+            if index is not None:
+                node.sending = True
+                node.asks[to] = node.asks.pop(to)
+                number = node.links[to]
+                self.at(self.now + self.lengths[index] / node.nature.up, self.sent, node, to, number, index)
+                return
+        due = min((asks.due for asks in node.asks.values()), default=float("inf"))
+        if due < node.wakes:
+            node.wakes = due
+            self.at(due, self.wake, node)
+
+    def wake(self, node: Node) -> None:
+        node.wakes = float("inf")
+        self.serve(node)
 
     def sent(self, node: Node, to: PeerId, number: int, index: int) -> None:
         node.sending = False
