@@ -199,14 +199,11 @@ async def _perform(request: bytes, ops: Mapping[str, Op], tell: Tell, log: Any) 
     import trio
 
     try:
-        asked = json.loads(request)
-        op, args = ops.get(asked["op"]), asked["args"]
-        if op is None:
-            raise Misused(why=f"this daemon knows no operation {asked['op']!r}")
+        op, args = _asked(request, ops)
         return {"ok": await op(args, tell)}
     except GridError as error:
         return failure(error)
-    except (json.JSONDecodeError, KeyError, TypeError) as broken:
+    except (KeyError, TypeError) as broken:  # an argument is missing or of another kind
         return failure(Misused(why=f"the request is not well formed: {broken!r}"))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         raise
@@ -221,6 +218,21 @@ async def _perform(request: bytes, ops: Mapping[str, Op], tell: Tell, log: Any) 
             raise
         log.error("request failed", request=request[:200], exc_info=error)
         return failure(GridError(), "An unexpected error in the daemon; its log has the details")
+
+
+def _asked(request: bytes, ops: Mapping[str, Op]) -> tuple[Op, dict[str, Any]]:
+    """The operation and its arguments.  Raises `Misused`."""
+    try:
+        match json.loads(request):
+            case {"op": str(name), "args": dict(args)}:
+                pass
+            case _:
+                raise Misused(why="a request is an object with op and args")
+    except (ValueError, RecursionError) as broken:
+        raise Misused(why=f"the request is not well formed: {broken!r}") from None
+    if name not in ops:
+        raise Misused(why=f"this daemon knows no operation {name!r}")
+    return ops[name], args
 
 
 def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
