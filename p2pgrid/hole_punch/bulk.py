@@ -29,6 +29,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import attrs
 import msgspec
+import structlog
 import trio
 
 from p2pgrid.errors import PeerError, Unreachable
@@ -40,6 +41,8 @@ from p2pgrid.ids import PeerId
 from p2pgrid.net import Channel, Network
 
 __all__ = ["PROTOCOL", "Link", "Links", "Receive", "Receiver", "Way", "open_links"]
+
+log = structlog.get_logger(__name__)
 
 PROTOCOL = "/p2pgrid/link/1"
 DIAL_PATIENCE = 3.0
@@ -133,7 +136,7 @@ class Links:
             with trio.move_on_after(NEGOTIATION_PATIENCE):
                 return await self._negotiate(peer)
             raise Unreachable(who=peer, why=f"no link after {NEGOTIATION_PATIENCE:.0f} s")
-        except PeerError as wrong:
+        except (PeerError, OSError) as wrong:
             raise Unreachable(who=peer, why=str(wrong)) from None
         finally:
             del self._attempts[peer]
@@ -177,6 +180,8 @@ class Links:
                 await self._answer(channel, await channel.receive(Offer))
         except Unreachable:
             pass  # the channel ended: the other side has its link, or has given up
+        except OSError as full:
+            log.warning("no link to a peer that asked for one", peer=channel.peer, why=str(full))
 
     async def _answer(self, channel: Channel, offer: Offer) -> None:
         peer = channel.peer
@@ -216,7 +221,11 @@ class Links:
         return own_addresses(self.bound, self._network.addresses)
 
     def _adopt(self, peer: PeerId, way: Way, sock: ssl.SSLSocket, *, welcome: bool) -> Link:
-        link = Link(peer, way, sock, self._receive)
+        try:
+            link = Link(peer, way, sock, self._receive)
+        except OSError:  # no descriptor left for what wakes its thread
+            sock.close()
+            raise
         if welcome:
             link.send()
         before = self._links.get(peer)
@@ -267,7 +276,11 @@ class Links:
                         raise
                     await trio.sleep(0.1)  # until something else has closed a file
                     continue
-                sock = bare(stream.socket)
+                try:
+                    sock = bare(stream.socket)
+                except OSError as gone:
+                    log.debug("a connection ended before it was looked at", why=str(gone))
+                    continue
                 if not self._expected or self._handshakes >= HANDSHAKES_MAX:
                     sock.close()
                     continue
@@ -287,6 +300,9 @@ class Links:
                     return
                 self._adopt(expected.peer, expected.way, greeted, welcome=True)
                 expected.came.set()
+        except OSError as full:  # ours, not the peer's: no descriptor or no memory left
+            log.warning("a connection was dropped", why=str(full))
+            sock.close()
         finally:
             self._handshakes -= 1
 

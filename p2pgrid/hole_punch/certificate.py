@@ -7,10 +7,11 @@ the process.  Its name is the peer id, so that nobody passes another's certifica
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import ssl
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import attrs
 from cryptography import x509
@@ -58,6 +59,7 @@ class Certificate:
 
         The chain check lets a stranger go no further than the handshake; which of the pinned
         peers it is, the caller must still find out by comparing `getpeercert(binary_form=True)`.
+        Raises `OSError` where the process has no file descriptor left.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -67,12 +69,22 @@ class Certificate:
             context.num_tickets = 0  # sessions are never resumed
         for der in pinned:
             context.load_verify_locations(cadata=der)
-        # ssl reads keys from files only; this one is private (0600) and gone at once.
-        with tempfile.NamedTemporaryFile(prefix="p2pgrid-", suffix=".pem") as file:
-            file.write(self.pem)
-            file.flush()
-            context.load_cert_chain(file.name)
+        with _file_of(self.pem) as path:
+            context.load_cert_chain(path)
         return context
+
+
+@contextlib.contextmanager
+def _file_of(secret: bytes) -> Iterator[str]:
+    """A path under which `secret` can be read for a moment: ssl reads keys from files only.
+
+    In memory, so that no key lies on a disk and a full disk ends no link.
+    """
+    fd = os.memfd_create("p2pgrid-key", os.MFD_CLOEXEC)
+    with os.fdopen(fd, "wb") as file:
+        file.write(secret)
+        file.flush()
+        yield f"/proc/self/fd/{fd}"
 
 
 def belongs(der: bytes, peer: PeerId) -> bool:

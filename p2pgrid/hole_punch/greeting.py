@@ -11,10 +11,13 @@ import ssl
 from collections.abc import Callable
 from typing import TypeVar
 
+import structlog
 import trio
 
 from p2pgrid.hole_punch.framing import HEADER
 from p2pgrid.hole_punch.path import Address
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -23,8 +26,17 @@ UNSENT = 256 << 10
 
 
 def bare(sock: trio.socket.SocketType) -> socket.socket:
-    """The socket without trio around it, tuned: still non-blocking."""
+    """The socket without trio around it, tuned: still non-blocking.  Raises `OSError`, and closes it."""
     bare = socket.socket(fileno=sock.detach())
+    try:
+        _tune(bare)
+    except OSError:  # some systems refuse options of a connection that has just been reset
+        bare.close()
+        raise
+    return bare
+
+
+def _tune(bare: socket.socket) -> None:
     bare.setblocking(False)
     bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     bare.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -39,13 +51,16 @@ def bare(sock: trio.socket.SocketType) -> socket.socket:
     for option, value in options:
         if hasattr(socket, option):  # they differ by system; none is needed to be right
             bare.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return bare
 
 
 async def connect(address: Address, delay: float, send: trio.MemorySendChannel[socket.socket]) -> None:
     async with send:
         await trio.sleep(delay)
-        sock = trio.socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        try:
+            sock = trio.socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        except OSError as full:  # no descriptor left, or a system without IPv6
+            log.debug("cannot dial", address=address, why=str(full))
+            return
         try:
             await sock.connect(address)
             send.send_nowait(bare(sock))

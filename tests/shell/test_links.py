@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import socket
 import ssl
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import trio
@@ -230,6 +234,54 @@ async def test_strangers_cost_little_and_are_dropped(monkeypatch: pytest.MonkeyP
         await channel.aclose()
         assert there.links == []
         assert (await links.link(b.me)).live
+
+
+def full(*args: object, **more: object) -> NoReturn:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+@pytest.mark.parametrize("what", ["Link of the dialler", "Link of the other", "context", "socket"])
+async def test_no_descriptor_left_costs_one_attempt_and_nothing_else(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said as `Unreachable`, leaves no socket behind, and the next attempt makes a link."""
+    monkeypatch.setattr(bulk, "NEGOTIATION_PATIENCE", 1.0)
+    async with open_two() as ((_, links, here), (b, _, there), _):
+        with monkeypatch.context() as patch:
+            match what:
+                case "Link of the dialler":
+                    patch.setattr(bulk, "Link", lambda *a: full() if a[3] is here else Link(*a))
+                case "Link of the other":
+                    patch.setattr(bulk, "Link", lambda *a: full() if a[3] is there else Link(*a))
+                case "context":
+                    patch.setattr(Certificate, "context", full)
+                case "socket":
+                    patch.setattr(trio.socket, "socket", full)
+            with pytest.raises(Unreachable):
+                await links.link(b.me)
+        (await links.link(b.me)).send(b"1")
+        assert await there.messages.receive() == b"1"
+
+
+async def test_a_port_goes_on_listening_when_no_descriptor_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, calls = trio.SocketListener.accept, []
+
+    async def accept_or_full(listener: trio.SocketListener) -> trio.SocketStream:
+        calls.append(trio.current_time())
+        if len(calls) < 4:
+            full()
+        return await accept(listener)
+
+    monkeypatch.setattr(trio.SocketListener, "accept", accept_or_full)
+    async with open_two() as ((_, links, _), (b, _, there), _):
+        (await links.link(b.me)).send(b"1")
+        assert await there.messages.receive() == b"1"
+        assert calls[-1] - calls[0] >= 0.1  # it did not spin
+
+
+def test_a_key_never_touches_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is none"))
+    Certificate.make(PeerId("a")).context(server=True, pinned=[])
 
 
 def test_old_tls_is_not_spoken() -> None:
