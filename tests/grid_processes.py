@@ -262,7 +262,7 @@ def open_grid(folder: Path, workers: int, **config: Any) -> Iterator[Grid]:
         starting = _begin(home)
         begun.append(starting.process)
         grid = Grid(folder, Daemon(home, starting.ready()), [])
-        ticket = grid.coordinator.ask("token_create", role="worker", uses=workers, expires=600.0)["ticket"]
+        ticket = grid.coordinator.ask("token_create", role="worker", uses=workers + 1, expires=600.0)["ticket"]
         all_starting = []
         for i in range(workers):
             starting = _begin(grid._config(f"worker-{i}", "worker", ticket))
