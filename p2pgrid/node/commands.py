@@ -109,7 +109,10 @@ def _set_up(
         ("Grid", f"coordinator {ticket.coordinator}"),
         ("Wants", f"run VM jobs of the grid's submitters here, {slots} at once, at the lowest priority"),
         ("Disk", f"keep verified chunks, at most {quota or 'what is free less 1 GiB'}, under {home}"),
-        ("Network", "exchange chunks with whoever reaches this node and names them; the VMs get no network at all"),
+        (
+            "Network",
+            "exchange chunks with whoever reaches this node and names them; the VMs get no network at all",
+        ),
         ("Leave", "p2pnode leave, at any time"),
     ]
     say(launch.card(card))
