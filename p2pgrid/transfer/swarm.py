@@ -42,8 +42,9 @@ STALLS_MAX = 4
 REST = 5.0
 """Seconds a peer rests after its first stall; doubled with each further one."""
 REST_MAX = 60.0
-PAUSE = 0.5
-"""Seconds between two looks at what is overdue."""
+PAUSE = 0.1
+"""Seconds between two looks at what is overdue: a seeder holds back for half a second what we
+can have from a neighbour (`turns.py`), and by then it has to be asked there."""
 LOOK_MAX = 64
 """Overdue chunks looked at in one go."""
 GAIN_MIN = 1.0
@@ -465,7 +466,7 @@ class Swarm:
 
     def _look(self, now: float) -> None:
         """Every now and then let idle peers bring what is overdue at others."""
-        idle = [peer for peer in self._idle.values() if peer.pace.rate and not peer.stalls]
+        idle = [peer for peer in self._idle.values() if peer.room and not peer.stalls]
         if not idle or not self._asked:
             self._look_at = math.inf
         elif self._look_at == math.inf:
@@ -481,15 +482,15 @@ class Swarm:
             if not able:
                 continue
             cost, peer = min(
-                ((p.pace.expected(p.outstanding + self._lengths[index]), p) for p in able),
+                ((self._expected(p, p.outstanding + self._lengths[index]), p) for p in able),
                 key=lambda pair: (pair[0], pair[1].order),
             )
             if remaining <= 2 * cost:
                 continue
-            if index != next(iter(slow.asks)):
+            if peer.pace.rate and index != next(iter(slow.asks)):
                 self._withdraw(slow, index)
                 self._rarity.unwant(index // BLOCK, 1 << index % BLOCK)
-            elif not self._rarity.nothing_wanted or remaining - cost < GAIN_MIN:
+            elif peer.pace.rate and (not self._rarity.nothing_wanted or remaining - cost < GAIN_MIN):
                 continue
             elif self._doubled + self._lengths[index] <= self._doubled_max:
                 self._twice.add(index)
@@ -499,6 +500,10 @@ class Swarm:
             self._ask(peer, index, now)
             self._effects.append(Ask(peer.id, (index,)))
             self._alarms.set(peer, self._silent_until(peer), now)
+
+    def _expected(self, peer: Partner, size: int) -> float:
+        """Seconds until `size` bytes would be here from `peer`; what is usual, until it has shown."""
+        return peer.pace.expected(size) if peer.pace.rate else self._typical
 
     def _remaining(self, now: float) -> Iterator[tuple[float, int, Partner, int]]:
         """(seconds until it is likely to be here, order, peer, index) of what is asked once."""

@@ -3,14 +3,15 @@
 Pure, and thread-safe.  One `Turns` for each pack, one `Asks` in it for each peer; every peer has a
 link of its own, so the question is never whose turn it is, only what *this* peer is sent:
 
-    asked ──> fresh: sent to nobody yet ───────────────────────────────> sent, at once
-                └─> sent to somebody ──> waits `HOLD` from then on ──> sent
-                                              └─ withdrawn: its asker has it from somebody else
+    asked ──> fresh: sent to nobody yet ──────────────────────────────────────> sent, at once
+                └─> sent to somebody ──> waits: while others ask for what is fresh,
+                                      │  then until `HOLD` after it was sent ─> sent
+                                      └─ withdrawn: its asker has it from somebody else
 
 Askers cannot know of one another's asks, so without this everybody gets everything from the
 seeder of a new disk.  While an ask waits, its asker hears who was sent the chunk, takes it from
 there and withdraws.  BitTorrent's super-seeding wants the same and leaves the uplink idle for it;
-here a peer that does not get anything elsewhere waits for `HOLD` in all, and a lone one never.
+here both waits are bounded for each peer, not for each chunk, and a lone one never waits.
 """
 
 from __future__ import annotations

@@ -354,16 +354,41 @@ def test_what_waits_behind_another_chunk_is_moved_to_an_idle_peer():
         queue += asks(swarm.step(Arrived("slow", queue.pop(0)[1], size), now))
     assert len(queue) == 2
     fast = asks(swarm.step(Joined("fast", bitmap(range(count), count)), 8.0))
-    now, moved = 8.0, []
-    while fast:
-        now += 0.02
-        effects = swarm.step(Arrived("fast", fast.pop(0)[1], size), now)
+    now, moved, asked = 8.0, [], list(fast)
+    while fast or not moved:
+        now = now + 0.02 if fast else swarm.deadline
+        assert now < 12.0
+        effects = swarm.step(Arrived("fast", fast.pop(0)[1], size) if fast else Tick(), now)
+        moved += [e.index for e in effects if isinstance(e, Withdraw) and e.peer == "slow"]
         fast += [ask for ask in asks(effects) if ask[0] == "fast"]
-    while not moved:
-        effects = swarm.step(Tick(), swarm.deadline)
-        moved = [e.index for e in effects if isinstance(e, Withdraw)]
-    assert moved == [queue[1][1]]
-    assert ("fast", moved[0]) in asks(effects)
+        asked += asks(effects)
+    assert moved[0] == queue[1][1], (
+        "what is on its way from there already is not moved, but may be asked twice"
+    )
+    assert ("fast", moved[0]) in asked
+
+
+def test_a_newcomer_is_tried_with_a_chunk_that_waits_elsewhere():
+    """The seeder holds back what a neighbour has; nothing is wanted, but the neighbour may be better."""
+    count, size = 12, 1000
+    swarm = swarm_of(count, size=size)
+    queue = asks(swarm.step(Joined("seeder", bitmap(range(count), count)), 0.0))
+    for now in (0.01, 0.02):
+        queue += asks(swarm.step(Arrived("seeder", queue.pop(0)[1], size), now))
+    assert len(queue) == 10, "all that is missing is asked of the seeder"
+    assert not asks(swarm.step(Joined("new", bitmap(range(count), count)), 0.03))
+    tried = []
+    while not tried:
+        now = swarm.deadline
+        assert now < 0.5, "before the seeder sends it after all"
+        tried = asks(swarm.step(Tick(), now))
+    [(peer, index)] = tried
+    assert peer == "new"
+    effects = swarm.step(Arrived("new", index, size), now + 0.005)
+    assert Withdraw("seeder", index) in effects
+    while swarm.deadline < 0.5:
+        effects += swarm.step(Tick(), swarm.deadline)
+    assert len([ask for ask in asks(effects) if ask[0] == "new"]) > 3, "it is good: it is asked for more"
 
 
 def test_unavailable_names_exactly_what_nobody_has():

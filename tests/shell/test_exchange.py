@@ -156,6 +156,21 @@ async def test_peers_are_found_in_the_index(tmp_path: Path) -> None:
         assert is_whole(worker, disk)
 
 
+async def test_what_another_was_just_sent_comes_a_moment_later(tmp_path: Path) -> None:
+    """Nothing happens on the link meanwhile: its thread has to look again by itself."""
+    disk = small_disk(range(1, 20))
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        audience = putter.exchange._audience
+        other = audience.turns(disk.pack, len(disk.frames)).join(PeerId("other"))
+        other.ask(range(len(disk.frames)))
+        while other.next(audience.now()) is not None:
+            pass
+        fetched = await worker.exchange.fetch(disk.datum, know(worker, putter))
+        assert is_whole(worker, disk)
+        assert fetched.bytes_by_peer == {putter.me: sum(map(len, disk.frames))}
+
+
 async def test_several_datums_and_two_fetches_of_one_over_one_link(tmp_path: Path) -> None:
     disks = [small_disk(range(i, i + 20)) for i in (1, 101, 201)]
     async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
