@@ -39,11 +39,10 @@ from p2pgrid.node.identity import Identity
 from p2pgrid.node.node import Node
 from p2pgrid.node.reach import index_mode
 from p2pgrid.node.ticket import read_ticket
-from p2pgrid.node.worker import sweep, work
+from p2pgrid.node.worker import check_programs, sweep, work
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls, Coordinator
 from p2pgrid.transfer.exchange import open_exchange
-from p2pgrid.vm.probe import find_qemu
 from p2pgrid.vm.qemu import Qemu
 from p2pgrid.vm.template import cache_folder
 
@@ -193,7 +192,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         nursery.start_soon(keep_holding, node)
         nursery.start_soon(node.keep_announcing)
         if "worker" in roles:
-            find_qemu()
+            check_programs()
             nursery.start_soon(work, node, Qemu(cache_folder()))
         await rooms.enter_async_context(serve_api(home, _ops(node)))
         for held in store.held():
@@ -294,7 +293,7 @@ async def _stop(node: Node, args: dict[str, Any], tell: Tell) -> Any:
 
 
 async def _leave(node: Node, args: dict[str, Any], tell: Tell) -> Any:
-    with contextlib.suppress(Unreachable):
+    with contextlib.suppress(GridError):  # whoever wants to go, goes
         await node.coordinator.leave()
     return {}
 

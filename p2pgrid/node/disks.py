@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from p2pgrid.dht.manifest import CHUNK_SIZE, Content, Disk, Recipe, read_layout
-from p2pgrid.dht.publish import publish_disk
+from p2pgrid.dht.publish import Published, publish_disk
 from p2pgrid.dht.restore import restore_disk
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import Conflict, GridError, NotAuthorised, NotFound, Refused
@@ -81,10 +81,16 @@ class Ticker:
 
 async def put(node: Node, args: Args, tell: Tell) -> Any:
     """Cut a disk image into the store, make it known, and seed it."""
+    if "submitter" not in node.roles:
+        raise NotAuthorised(why="this node is no submitter")
     path = Path(args["path"])
     ticker = Ticker(tell, "cutting")
     before = {str(h.datum) for h in await trio.to_thread.run_sync(node.store.held)}
-    done = await ticker.run(lambda: publish_disk(node.store, path, node.identity.signing_key, ticker))
+
+    def publish() -> Published:
+        return publish_disk(node.store, path, node.identity.signing_key, ticker)
+
+    done = await ticker.run(publish)
     disk = Disk.decode(node.store.get_object(done.datum))
     recipe = Recipe.decode(node.store.get_object(disk.recipe))
     name = args.get("name") or path.name
@@ -101,6 +107,9 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
     )
     try:
         await patiently(lambda: node.coordinator.put(record))
+        if not node.complete(record.datum):  # dropped by an order that was given before it was put again
+            await ticker.run(publish)
+            await patiently(lambda: node.coordinator.put(record))
     except (Conflict, NotAuthorised):
         if record.datum not in before:  # nobody is to know of it, so nobody will ever drop it
             await node.drop(record.datum)

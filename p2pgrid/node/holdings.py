@@ -7,23 +7,35 @@ are tried again at growing intervals.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+from collections.abc import Iterable
+from itertools import islice
 
 import psutil
 import structlog
 import trio
 
+from p2pgrid.dht.manifest import Disk, Tree, decode_datum
 from p2pgrid.dht.store import Held
-from p2pgrid.errors import GridError, NoSpace
-from p2pgrid.node.node import STALL_PATIENCE, Node
-from p2pgrid.node.patience import RETRY_MAX, RETRY_MIN, backoff
+from p2pgrid.errors import GridError
+from p2pgrid.ids import Cid
+from p2pgrid.node.node import STALL_PATIENCE, Node, Running, Trouble
+from p2pgrid.node.patience import backoff, patiently
+from p2pgrid.node.room import offered
+from p2pgrid.node.shortlist import Here, shortlist
 from p2pgrid.scheduler import messages as m
-from p2pgrid.scheduler.job import Gone
+from p2pgrid.scheduler.job import Gone, Revoked
 
 log = structlog.get_logger()
 
 FETCHES = 4
 """Data fetched at the same time because of orders."""
+HOLDS_MAX, PARTIAL_MAX, STATUS_MAX = 8192, 1024, 200
+"""What a beat takes: data that are complete, data that are here in part, characters."""
+BRING_MIN, BRING_MAX = 0.5, 300.0
+"""Seconds between two tries to bring what was ordered: doubled from the one to the other."""
 
 
 async def keep_holding(node: Node) -> None:
@@ -49,7 +61,9 @@ async def keep_holding(node: Node) -> None:
                 if task in node.running:
                     node.running[task].scope.cancel()
             for datum in orders.drop:
-                await node.drop(datum)
+                await _drop(node, datum)
+            for datum in node.troubles.keys() - {w.datum for w in orders.hold} - node.fetching:
+                del node.troubles[datum]
             for wanted in orders.hold:
                 if wanted.datum not in node.fetching:
                     node.fetching.add(wanted.datum)
@@ -79,18 +93,48 @@ async def _orders(node: Node, patience: float) -> m.Orders | None:
 
 
 async def _beat(node: Node, patience: float) -> m.Beat:
-    held = await trio.to_thread.run_sync(node.store.held)
+    node.reserved()
     total = capacity(node)
+    complete, partial = await trio.to_thread.run_sync(_held, node)
     return m.Beat(
-        holds=tuple(str(h.datum) for h in held if h.chunks == h.chunks_total),
-        partial=tuple(m.Holding(str(h.datum), _missing(h)) for h in held if h.chunks < h.chunks_total),
+        holds=complete,
+        partial=partial,
         total=total,
         free=free(node, total),
         shares=node.config.shares,
         addresses=tuple(node.network.addresses)[: m.ADDRESSES_MAX],
-        status="; ".join(f"{r.task}: {r.note}" for r in node.running.values())[:200],
+        status=status(node.running.values(), node.troubles.values()),
         patience=min(patience, m.PATIENCE_MAX),
     )
+
+
+def status(running: Iterable[Running], troubles: Iterable[Trouble]) -> str:
+    """One line for people: how the leases go, and what cannot be brought here."""
+    words = [f"{lease.task}: {lease.note}" for lease in running]
+    words += [f"{trouble.what} cannot be brought: {trouble.why}" for trouble in troubles]
+    return "; ".join(words)[:STATUS_MAX]
+
+
+def _held(node: Node) -> tuple[tuple[str, ...], tuple[m.Holding, ...]]:
+    """What is complete here, and what is here in part, as far as a beat takes them."""
+    held = node.store.held()
+    partial = (m.Holding(str(h.datum), _missing(h)) for h in held if h.chunks < h.chunks_total)
+    complete = [h for h in held if h.chunks == h.chunks_total]
+    if len(complete) <= HOLDS_MAX:
+        names = tuple(str(h.datum) for h in complete)
+    else:
+        names = shortlist((_here(node, h.datum) for h in complete), HOLDS_MAX)
+    return names, tuple(islice(partial, PARTIAL_MAX))
+
+
+def _here(node: Node, datum: Cid) -> Here:
+    since = 0.0
+    if datum not in node.kinds:
+        with contextlib.suppress(GridError):
+            node.kinds[datum] = type(decode_datum(node.store.get_object(datum)))
+    with contextlib.suppress(OSError):
+        since = (node.store.root / "datums" / str(datum)).stat().st_mtime
+    return Here(str(datum), node.kinds.get(datum) is Disk, since)
 
 
 def _missing(held: Held) -> int:
@@ -106,33 +150,54 @@ def capacity(node: Node) -> m.Capacity:
         slots=node.config.slots,
         memory=psutil.virtual_memory().total // 2,
         cpus=os.cpu_count() or 1,
-        disk=psutil.disk_usage(str(node.home)).free,
+        disk=offered(psutil.disk_usage(str(node.home)).free, 0),
     )
 
 
 def free(node: Node, total: m.Capacity) -> m.Capacity:
     """`total` less the leases under way."""
-    slots = max(0, total.slots - len(node.running))
+    slots = max(0, total.slots - len(node.running) - node.resting)
     memory = min(total.memory, psutil.virtual_memory().available) if slots else 0
-    return m.Capacity(slots=slots, memory=memory, cpus=total.cpus if slots else 0, disk=total.disk)
+    disk = max(0, total.disk - node.reserved())
+    return m.Capacity(slots=slots, memory=memory, cpus=total.cpus if slots else 0, disk=disk)
+
+
+async def _drop(node: Node, datum: str) -> None:
+    """Do as ordered; what a lease needs, or what cannot be dropped just now, is ordered again."""
+    if any(datum in lease.data for lease in node.running.values()):
+        return
+    try:
+        await node.drop(datum)
+    except (GridError, OSError) as failed:
+        log.warning("could not drop a datum; it will be ordered again", datum=datum, why=str(failed))
 
 
 async def _bring(node: Node, wanted: m.Wanted, slots: trio.CapacityLimiter) -> None:
-    """Fetch what was ordered; a result is acknowledged once it is whole."""
+    """Fetch what was ordered; a result is acknowledged once it is whole, and a tree."""
+    is_result = wanted.reason == "result"
     try:
         async with slots:
             if not node.complete(wanted.datum):
                 await node.fetch(wanted.datum, wanted.peers, patience=STALL_PATIENCE)
-            if wanted.reason == "result":
-                await node.coordinator.collect(wanted.task, wanted.epoch)
-    except Gone:
-        pass  # another epoch of that task counts now
-    except NoSpace as full:
-        log.error("no room for a datum that was ordered", datum=wanted.datum, why=str(full))
-        await trio.sleep(RETRY_MAX)
+        if is_result:
+            await trio.to_thread.run_sync(lambda: Tree.decode(node.store.get_object(Cid.parse(wanted.datum))))
+            await patiently(lambda: node.coordinator.collect(wanted.task, wanted.epoch), math.inf)
+        node.troubles.pop(wanted.datum, None)
+    except (Gone, Revoked):
+        node.troubles.pop(wanted.datum, None)  # another epoch of that task counts now
     except GridError as failed:
-        log.warning("could not bring a datum; it will be ordered again", datum=wanted.datum, why=str(failed))
-        await trio.sleep(RETRY_MIN)
+        what = f"the result of {wanted.task}" if is_result else f"{wanted.kind} {wanted.datum[:12]}…"
+        trouble = node.troubles.setdefault(wanted.datum, Trouble(what))
+        trouble.why = str(failed)
+        trouble.tries += 1
+        log.warning("could not bring a datum; it will be ordered again", datum=wanted.datum, why=trouble.why)
+        node.tell()
+        await trio.sleep(pause(trouble.tries))
     finally:
         node.fetching.discard(wanted.datum)
         node.tell()
+
+
+def pause(tries: int) -> float:
+    """Seconds before a datum that did not come `tries` times is tried once more."""
+    return min(BRING_MAX, BRING_MIN * 2.0 ** min(tries - 1, 20))

@@ -15,12 +15,13 @@ import attrs
 import trio
 
 from p2pgrid.dht.manifest import Tree, safe_path
-from p2pgrid.dht.publish import publish_tree
+from p2pgrid.dht.publish import Published, publish_tree
 from p2pgrid.dht.restore import restore_tree
 from p2pgrid.errors import (
     Conflict,
     GridError,
     Misused,
+    NotAuthorised,
     NotFound,
     Temporary,
     TimedOut,
@@ -29,10 +30,11 @@ from p2pgrid.errors import (
 )
 from p2pgrid.ids import Cid, readable_id
 from p2pgrid.node.api import Tell
+from p2pgrid.node.attempt import OWN, stop_if_cancelled
 from p2pgrid.node.disks import Args
 from p2pgrid.node.node import STALL_PATIENCE, Node
 from p2pgrid.node.patience import backoff, patiently
-from p2pgrid.node.worker import OWN
+from p2pgrid.node.room import INPUTS_MAX, RESULT_MAX
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import FINAL, JobSpec
 
@@ -90,24 +92,15 @@ async def _submitted(node: Node, args: Args) -> AsyncIterator[dict[str, str]]:
 
 async def _spec(node: Node, args: Args) -> tuple[str, JobSpec]:
     """The disk's name, and the job that was asked for; its inputs are put."""
+    if "submitter" not in node.roles:
+        raise NotAuthorised(why="this node is no submitter")
     try:
         disk = await patiently(lambda: node.resolve(args["disk"]))
     except NotFound:
         if args["disk"]:
             raise
         raise NoDisk from None
-    async with node.scratchpad() as folder:
-        await trio.to_thread.run_sync(_stage, folder, Path(args["script"]), [Path(p) for p in args["inputs"]])
-        made = await trio.to_thread.run_sync(publish_tree, node.store, folder, node.identity.signing_key)
-    inputs = m.DatumRecord(
-        datum=str(made.datum),
-        kind="tree",
-        content=str(made.content) if made.content else None,
-        size=made.size,
-        wire_bytes=made.wire_bytes,
-    )
-    await patiently(lambda: node.coordinator.put(inputs))
-    node.announce(inputs.datum)
+    inputs = await _put_inputs(node, Path(args["script"]), [Path(p) for p in args["inputs"]])
     return disk.record.name, JobSpec(
         disk=disk.record.datum,
         inputs=inputs.datum,
@@ -121,10 +114,34 @@ async def _spec(node: Node, args: Args) -> tuple[str, JobSpec]:
     )
 
 
+async def _put_inputs(node: Node, script: Path, inputs: list[Path]) -> m.DatumRecord:
+    """Make script and inputs a tree that is known to the grid and seeded here."""
+    async with node.scratchpad() as folder:
+        await trio.to_thread.run_sync(_stage, folder, script, inputs)
+
+        def publish() -> Published:
+            return publish_tree(node.store, folder, node.identity.signing_key, stop_if_cancelled)
+
+        made = await trio.to_thread.run_sync(publish)
+        record = m.DatumRecord(
+            datum=str(made.datum),
+            kind="tree",
+            content=str(made.content) if made.content else None,
+            size=made.size,
+            wire_bytes=made.wire_bytes,
+        )
+        await patiently(lambda: node.coordinator.put(record))
+        if not node.complete(record.datum):  # dropped by an order that was given before it was put again
+            await trio.to_thread.run_sync(publish)
+    node.announce(record.datum)
+    return record
+
+
 def _stage(folder: Path, script: Path, inputs: list[Path]) -> None:
     """Lay out the context disk's files: the script, and each input under its own name."""
+    copy = _Copying()
     try:
-        shutil.copyfile(script, folder / SCRIPT)
+        copy(script, folder / SCRIPT)
     except OSError as gone:
         raise NoScript(path=f"{script}: {gone.strerror}") from None
     (folder / SCRIPT).chmod(0o755)
@@ -136,11 +153,25 @@ def _stage(folder: Path, script: Path, inputs: list[Path]) -> None:
             raise Conflict(what=f"an input called {source.name!r}")
         try:
             if source.is_dir():
-                shutil.copytree(source, target)
+                shutil.copytree(source, target, copy_function=copy)
             else:
-                shutil.copy(source, target)
+                copy(source, target)
         except (OSError, shutil.Error) as gone:
             raise NotFound(what=f"the input {source}: {gone}") from None
+
+
+class _Copying:
+    """Copy files, in a thread that can be cancelled, and never more bytes than a worker takes."""
+
+    def __init__(self) -> None:
+        self._copied = 0
+
+    def __call__(self, source: str | Path, target: str | Path) -> None:
+        stop_if_cancelled()
+        self._copied += Path(source).stat().st_size
+        if self._copied > INPUTS_MAX:
+            raise Misused(why=f"script and inputs are more than {INPUTS_MAX >> 30} GiB; put them on a disk")
+        shutil.copy(source, target)
 
 
 async def ls(node: Node, args: Args, tell: Tell) -> Any:
@@ -238,7 +269,7 @@ async def results(node: Node, args: Args, tell: Tell) -> Any:
             raise Conflict(what=f"{target}; name another folder with -o")
         tree = await _tree(node, result.datum)
         os.makedirs(out, exist_ok=True)
-        await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(result.datum), target)
+        await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(result.datum), target, RESULT_MAX)
         tasks += 1
         files += sum(1 for f in tree.files if not f.path.startswith(OWN + "/"))
         total += sum(f.size for f in tree.files)
@@ -263,7 +294,7 @@ async def logs(node: Node, args: Args, tell: Tell) -> Any:
     datum = task.outcome.result.datum
     await _tree(node, datum)
     async with node.scratchpad() as folder:
-        await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(datum), folder / "tree")
+        await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(datum), folder / "tree", RESULT_MAX)
         try:
             console = (folder / "tree" / OWN / "console.log").read_bytes()
         except FileNotFoundError:

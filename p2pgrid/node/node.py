@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from p2pgrid.dht.manifest import decode_datum
-from p2pgrid.dht.store import Store
+from p2pgrid.dht.store import MIN_FREE, Store
 from p2pgrid.errors import GridError, NotFound, Temporary
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.net import Index, Network
@@ -23,6 +23,7 @@ from p2pgrid.node.identity import Identity
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls
 from p2pgrid.transfer.exchange import Exchange, Fetched, Progress
+from p2pgrid.vm.guest import written
 
 STALL_PATIENCE = 300.0
 """Seconds without one new byte after which a fetch for a job is given up and the task tried elsewhere."""
@@ -39,8 +40,27 @@ class Running:
 
     task: str
     epoch: int
+    folder: Path
+    """Where its machine lives."""
+    data: frozenset[str] = frozenset()
+    """What it needs here until it ends."""
+    reserved: int = 0
+    """Bytes that its machine may come to write."""
     note: str = "starting"
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+
+    def outstanding(self) -> int:
+        """Bytes reserved and not written yet."""
+        return max(0, self.reserved - written(self.folder))
+
+
+@attrs.define
+class Trouble:
+    """A datum that was ordered and cannot be brought."""
+
+    what: str
+    why: str = ""
+    tries: int = 0
 
 
 @attrs.define(eq=False)
@@ -65,6 +85,12 @@ class Node:
     running: dict[str, Running] = attrs.field(factory=dict)
     fetching: set[str] = attrs.field(factory=set)
     """Data on their way here because of an order."""
+    troubles: dict[str, Trouble] = attrs.field(factory=dict)
+    """Data that were ordered and did not come."""
+    kinds: dict[Cid, type] = attrs.field(factory=dict)
+    """What data here are; known only where it was needed."""
+    resting: int = 0
+    """Slots that take no lease for a while, since the last ones failed here."""
     connected: bool = False
     _news: trio.Event = attrs.field(factory=trio.Event)
     _unannounced: dict[str, None] = attrs.field(factory=dict)
@@ -133,6 +159,12 @@ class Node:
                     await self.index.provide(bytes(cid))
                     if content is not None:
                         await self.index.provide(bytes(content))
+
+    def reserved(self) -> int:
+        """Bytes that the machines under way may yet write; the store leaves them alone from now on."""
+        outstanding = sum(lease.outstanding() for lease in self.running.values())
+        self.store.min_free = MIN_FREE + outstanding
+        return outstanding
 
     def complete(self, datum: str) -> bool:
         """Whether every chunk of `datum` is here."""

@@ -6,6 +6,7 @@ leaves nothing.  What guest and node owe each other: `docs/reference/guest.md`.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -25,6 +26,8 @@ from p2pgrid.vm.scratch import make_scratch
 
 MIB = 1 << 20
 GIB = 1 << 30
+SCRATCH_FILE, OVERLAY_FILE = "scratch.img", "overlay.qcow2"
+"""What a guest writes, below `ROOM`."""
 
 Bus = Literal["virtio", "ide"]
 Why = Literal["off", "time", "killed", "boot"]
@@ -125,6 +128,15 @@ async def run_guest(
         raise sole from None
 
 
+def written(folder: Path) -> int:
+    """Bytes of the host's disk that the guest in `folder` has taken so far for what it writes."""
+    total = 0
+    for name in (SCRATCH_FILE, OVERLAY_FILE):
+        with contextlib.suppress(OSError):
+            total += (folder / ROOM / name).stat().st_blocks * 512
+    return total
+
+
 def _sole(error: BaseException) -> BaseException:
     """What nurseries wrapped, if it is one error only."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
@@ -141,7 +153,7 @@ async def _live(
 ) -> GuestEnd:
     room = folder / ROOM
     room.mkdir(mode=0o700)
-    disks = Disks(context=room / "context.iso", scratch=room / "scratch.img", folder=room)
+    disks = Disks(context=room / "context.iso", scratch=room / SCRATCH_FILE, folder=room)
     await trio.to_thread.run_sync(write_context, disks.context, context, spec.env)
     await make_scratch(disks.scratch, spec.scratch)
 

@@ -29,7 +29,7 @@ from p2pgrid.errors import BadFrame, Unreachable
 from p2pgrid.vm import jail, nbd
 from p2pgrid.vm.blockdev import BlockSource
 from p2pgrid.vm.child import Child, Limits, jailed, remember, running
-from p2pgrid.vm.guest import Disks, GuestSpec, Why
+from p2pgrid.vm.guest import OVERLAY_FILE, Disks, GuestSpec, Why
 from p2pgrid.vm.probe import Accelerator, find_accelerator, find_qemu
 from p2pgrid.vm.qmp import Event, Monitor, open_monitor
 
@@ -129,7 +129,7 @@ class Qemu:
     async def boot(self, spec: GuestSpec, base: BlockSource, disks: Disks) -> AsyncIterator[Machine]:
         """A running machine; gone when left.  Raises `Misconfigured`."""
         accelerator = await find_accelerator(self.cache, self.uid)
-        overlay = disks.folder / "overlay.qcow2"
+        overlay = disks.folder / OVERLAY_FILE
         overlay.write_bytes(overlay_header(max(nbd.whole_sectors(base.size), BASE_MIN)))
         limits = Limits(
             disk=max(spec.scratch, spec.overlay), memory=spec.memory + MEMORY_BESIDE, uid=self.uid

@@ -23,7 +23,9 @@ import attrs
 import trio
 
 from p2pgrid import wire
+from p2pgrid.dht.files import free
 from p2pgrid.dht.manifest import safe_path
+from p2pgrid.dht.store import MIN_FREE
 from p2pgrid.errors import BadFrame, NoSpace, WorldError
 from p2pgrid.vm.child import Limits, running
 from p2pgrid.vm.findings import Begin, Bytes, Done, Failed, Told
@@ -56,12 +58,15 @@ class Caps:
 class Sink:
     """Write down what the reader tells, inside `folder` and nowhere else; `close` it.
 
-    `folder` is new and ours.  Raises `ResultsRefused` for anything out of order or beyond `caps`.
+    `folder` is new and ours.  Raises `ResultsRefused` for anything out of order or beyond `caps`,
+    `NoSpace` before less than `min_free` bytes are free.
     """
 
-    def __init__(self, folder: Path, caps: Caps) -> None:
+    def __init__(self, folder: Path, caps: Caps, min_free: int = MIN_FREE) -> None:
         self._root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._folder = folder
         self._caps = caps
+        self._min_free = min_free
         self._file: int | None = None
         self._size = 0
         self._files = 0
@@ -124,6 +129,11 @@ class Sink:
             or self._written > self._promised
         ):
             raise ResultsRefused(why="bytes outside their file")
+        left = free(self._folder) - len(data)
+        if left < self._min_free:
+            raise NoSpace(
+                wanted=len(data), free=max(0, left + len(data) - self._min_free), where=str(self._folder)
+            )
         view = memoryview(data)
         while view:
             count = os.pwrite(self._file, view, offset)
@@ -153,8 +163,7 @@ async def extract(image: Path, folder: Path, caps: Caps, patience: float = PATIE
     except OSError as failed:
         if failed.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise ResultsRefused(why=f"they cannot be written: {failed.strerror}") from None
-        free = os.statvfs(folder)
-        raise NoSpace(wanted=sink._promised, free=free.f_bavail * free.f_frsize, where=str(folder)) from None
+        raise NoSpace(wanted=sink._promised, free=free(folder), where=str(folder)) from None
     finally:
         sink.close()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import trio
 
+from p2pgrid.dht.files import free
+from p2pgrid.errors import NoSpace
 from p2pgrid.vm.context import write_context
 from p2pgrid.vm.findings import Begin, Bytes, Done, Failed
 from p2pgrid.vm.results import Caps, ResultsRefused, Sink, extract
@@ -309,3 +311,17 @@ def test_links_that_are_there_already_are_not_followed(tmp_path, out):
         with pytest.raises(ResultsRefused):
             pour(out, Begin(path, 1, False), Bytes(0, b"x"))
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_result_that_would_fill_the_disk_is_not_written(out):
+    sink = Sink(out, CAPS, min_free=free(out) + 100 * MIB)
+    try:
+        with pytest.raises(NoSpace):
+            sink.take([Begin("big", 20, False), Bytes(0, b"x" * 20)])
+    finally:
+        sink.close()
+    assert (out / "big").read_bytes() == bytes(20)
+    sink = Sink(out, CAPS)
+    sink.take([Begin("other", 20, False), Bytes(0, b"x" * 20), Done()])
+    sink.close()
+    assert (out / "other").read_bytes() == b"x" * 20

@@ -1,0 +1,100 @@
+"""Make one node out of real rooms and two scripted ones: what peers bring, what the coordinator says.
+
+The store, the results and the trees are real; nothing listens, and no daemon runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from p2pgrid.dht.store import Store
+from p2pgrid.ids import Cid, PeerId
+from p2pgrid.node.config import Config
+from p2pgrid.node.identity import Identity
+from p2pgrid.node.node import Node
+from p2pgrid.node.worker import sweep
+from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.job import Outcome
+from p2pgrid.transfer.exchange import Fetched
+from tests.memory_network import open_world
+
+
+@attrs.define
+class Peers:
+    """What would be an exchange: `bring` has a datum complete in the store, or raises, or waits."""
+
+    bring: Callable[[Cid], Any] | None = None
+    asked: list[Cid] = attrs.field(factory=list)
+
+    async def fetch(self, datum: Cid, peers: Iterable[PeerId], progress: Any, **more: Any) -> Fetched:
+        self.asked.append(datum)
+        if self.bring is None:
+            await trio.sleep_forever()
+        else:
+            self.bring(datum)
+        return Fetched({}, 0, 0, 0.0)
+
+
+@attrs.define
+class Calls:
+    """What would be the coordinator: grants what lies in `grants`, and answers reports with `answer`."""
+
+    grants: list[m.Grant] = attrs.field(factory=list)
+    answer: Callable[[], Any] = lambda: None
+    reports: list[Outcome] = attrs.field(factory=list)
+    collected: list[str] = attrs.field(factory=list)
+    renewed: Callable[[], Any] = lambda: None
+
+    async def pull(self, free: m.Capacity, working: tuple[str, ...], patience: float) -> m.Grant | None:
+        if not self.grants:
+            await trio.sleep_forever()
+        return self.grants.pop(0)
+
+    async def renew(self, task: str, epoch: int, note: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.renewed()
+
+    async def report(self, task: str, epoch: int, outcome: Outcome) -> None:
+        await trio.lowlevel.checkpoint()
+        self.reports.append(outcome)
+        self.answer()
+
+    async def collect(self, task: str, epoch: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self.collected.append(task)
+
+    async def providers(self, datum: str) -> tuple[m.Provider, ...]:
+        await trio.lowlevel.checkpoint()
+        return ()
+
+
+@attrs.frozen
+class Lone:
+    node: Node
+    peers: Peers
+    calls: Calls
+
+
+@contextlib.asynccontextmanager
+async def open_lone(home: Path) -> AsyncIterator[Lone]:
+    """A worker and submitter of nobody's grid."""
+    sweep(home)
+    config = Config(roles=("worker", "submitter"), name="lone")
+    peers, calls = Peers(), Calls()
+    async with open_world() as world:
+        network = world.join("lone")
+        with Store(home / "store") as store:
+            exchange: Any = peers
+            coordinator: Any = calls
+            index: Any = network.index
+            node = Node(
+                home, config, Identity.load_or_create(home), network, index, store, exchange, coordinator,
+                PeerId("grid"), config.roles, trio.Event(),
+            )  # fmt: skip
+            yield Lone(node, peers, calls)
