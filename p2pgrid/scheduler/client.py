@@ -8,8 +8,9 @@ coordinator raised: `NotAuthorised`, `NotFound`, `Conflict`, `Gone`, `Revoked`, 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 import attrs
@@ -36,6 +37,16 @@ def _checked(request: m.Request) -> m.Request:
     except BadFrame as broken:
         raise Misused(why=broken.why) from None
     return checked
+
+
+@contextlib.contextmanager
+def _answered(coordinator: PeerId, request: m.Request) -> Iterator[None]:
+    """Bound the time of a call.  Raises `Unreachable`."""
+    bound = ANSWER_MAX + getattr(request, "patience", 0.0)
+    with trio.move_on_after(bound) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise Unreachable(who=coordinator, why=f"the coordinator did not answer in {bound:g} s")
 
 
 class Calls(ABC):
@@ -169,8 +180,7 @@ class Coordinator(Calls):
         self._network = network
 
     async def _call(self, request: m.Request) -> m.Reply:
-        bound = ANSWER_MAX + getattr(request, "patience", 0.0)
-        with trio.move_on_after(bound):
+        with _answered(self.peer, request):
             channel = await self._network.open(self.peer, m.PROTOCOL)
             try:
                 await channel.send(request)
@@ -180,7 +190,6 @@ class Coordinator(Calls):
                 with trio.move_on_after(1) as closing:
                     closing.shield = True
                     await channel.aclose()
-        raise Unreachable(who=self.peer, why=f"the coordinator did not answer in {bound:g} s")
 
 
 @attrs.define
@@ -191,4 +200,5 @@ class LocalCoordinator(Calls):
     me: PeerId
 
     async def _call(self, request: m.Request) -> m.Reply:
-        return await self.answer(self.me, request)
+        with _answered(self.me, request):
+            return await self.answer(self.me, request)

@@ -29,7 +29,7 @@ from p2pgrid.net import Channel, Network
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import LocalCoordinator
 from p2pgrid.scheduler.events import Answer, Called, Event, Hung, Rules, Save, Undelivered
-from p2pgrid.scheduler.facts import Ledger
+from p2pgrid.scheduler.facts import Ledger, LedgerStuck, Row
 from p2pgrid.scheduler.members import Admission
 from p2pgrid.scheduler.schedule import Schedule
 
@@ -40,6 +40,8 @@ Verify = Callable[[str, PeerId, float], Admission]
 
 INBOX_MAX = 1024
 """Calls that wait for one turn; more wait in their channels, which slows their callers."""
+SAVE_AGAIN = 1.0
+"""Seconds until a ledger that could not be written is tried again."""
 REQUEST_PATIENCE = 10.0
 """Seconds in which a caller must have sent its request."""
 
@@ -154,11 +156,31 @@ async def serve_coordinator(
         effects = [effect for event in events for effect in schedule.step(event, now)]
         rows = [effect.row for effect in effects if isinstance(effect, Save)]
         if rows:
-            await ledger.save(rows)
+            await _save(ledger, rows)
         unheard = [e.reply for e in effects if isinstance(e, Answer) and not desk.deliver(e.call, e.reply)]
         undelivered = [Undelivered(r.task, r.epoch) for r in unheard if isinstance(r, m.Grant)]
         if check:
             schedule.check()
+
+
+async def _save(ledger: Ledger, rows: list[Row]) -> None:
+    """Keep `rows`, however long that takes: on a full disk all answers wait for somebody to make room.
+
+    Callers give up meanwhile and ask again; what they asked was decided already, and is found decided.
+    """
+    is_stuck = False
+    while True:
+        try:
+            await ledger.save(rows)
+        except LedgerStuck as stuck:
+            if not is_stuck:
+                log.error("the ledger cannot be written; no call is answered until it can", why=stuck.why)
+            is_stuck = True
+            await trio.sleep(SAVE_AGAIN)
+        else:
+            if is_stuck:
+                log.info("the ledger can be written again")
+            return
 
 
 async def _turn(inbox: trio.MemoryReceiveChannel[Event], deadline: float) -> list[Event]:

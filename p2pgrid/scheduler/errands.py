@@ -8,12 +8,16 @@ is expected is worked out at most once in `refresh` seconds, not at each heartbe
 from __future__ import annotations
 
 import math
+from collections.abc import Set as AbstractSet
 from typing import Literal
 
 from p2pgrid.ids import PeerId
 from p2pgrid.scheduler.catalogue import Catalogue
+from p2pgrid.scheduler.faults import Faults
+from p2pgrid.scheduler.job import JobSpec
 from p2pgrid.scheduler.messages import DROP_MAX, HOLD_MAX, PROVIDERS_MAX, Orders, Provider, Wanted
-from p2pgrid.scheduler.placement import Holder, Wish, expected_workers, should_hold
+from p2pgrid.scheduler.pending import shape_key
+from p2pgrid.scheduler.placement import Holder, Wish, expected_workers, should_hold, why_pending
 from p2pgrid.scheduler.roster import Node, Roster
 from p2pgrid.scheduler.work import Work
 
@@ -26,10 +30,13 @@ def gist(orders: Orders) -> object:
 class Errands:
     """Orders for nodes, from what is known of data, work and nodes."""
 
-    def __init__(self, work: Work, roster: Roster, catalogue: Catalogue, interval: float) -> None:
+    def __init__(
+        self, work: Work, roster: Roster, catalogue: Catalogue, faults: Faults, interval: float
+    ) -> None:
         self._work = work
         self._roster = roster
         self._catalogue = catalogue
+        self._faults = faults
         self._interval = interval
         self._expected: dict[str, dict[PeerId, None]] = {}
         self._worked_out = -math.inf
@@ -42,26 +49,26 @@ class Errands:
         self._expected = {}
         candidates = self._roster.candidates()
         for shape in self._work.pending:
-            disk = shape.spec.disk
-            missing = {c.peer: self.missing(c.peer, disk) for c in candidates}
-            peers = expected_workers(shape.spec, len(shape.members), candidates, missing)
-            first = self._work.jobs[self._work.tasks[shape.first()].job].job.spec
-            for datum in filter(None, (disk, first.inputs)):
+            spec = shape.spec
+            fit = [c for c in candidates if self._faults.until(shape.kind, c.peer) <= now]
+            missing = {c.peer: self.lacks(c.peer, spec) for c in fit}
+            peers = expected_workers(spec, len(shape.members), fit, missing)
+            for datum in filter(None, (spec.disk, spec.inputs)):
                 self._expected.setdefault(datum, {}).update(dict.fromkeys(peers))
         return self._expected
 
     def orders(self, node: Node, now: float) -> Orders:
         """What `node` is told now; a replica it is told to hold counts as promised."""
         expected = self.expected(now, self._interval)
-        hold = [self._result(task, node) for task in self._results_for(node)]
+        hold = [self._result(task, node) for task in self.results_for(node)]
         due = self._due(node, expected) if node.works and node.total.slots else []
         hold += [
             self.wanted(datum, node.peer, "job" if node.peer in expected.get(datum, ()) else "replica")
             for datum in due
         ]
         self._roster.promise(node, [w.datum for w in hold[:HOLD_MAX] if w.reason == "replica"])
-        droppable = node.holds & self._catalogue.dropped
-        droppable |= {d for d in node.holds & self._work.result_of.keys()
+        droppable = self._here(node, self._catalogue.dropped) - self._work.results.keys()
+        droppable |= {d for d in self._here(node, self._work.result_of.keys())
                       if d not in self._catalogue and self._work.droppable_result(d, node.peer)}  # fmt: skip
         return Orders(
             tuple(hold[:HOLD_MAX]),
@@ -69,6 +76,11 @@ class Errands:
             tuple(node.stops)[:DROP_MAX],
             self._interval,
         )
+
+    @staticmethod
+    def _here(node: Node, data: AbstractSet[str]) -> set[str]:
+        """What of `data` the node holds, wholly or in part."""
+        return (node.holds & data) | {datum for datum in node.partial if datum in data}
 
     def wanted(self, datum: str, peer: PeerId, reason: Literal["job", "replica"]) -> Wanted:
         """`datum` as something for `peer` to fetch."""
@@ -86,7 +98,7 @@ class Errands:
             peers = (Provider(maker.peer, maker.addresses), *peers[: PROVIDERS_MAX - 1])
         return Wanted(tree.datum, "tree", tree.content, tree.size, "result", peers, task.id, task.epoch)
 
-    def _results_for(self, node: Node) -> list[str]:
+    def results_for(self, node: Node) -> list[str]:
         """Results to fetch; also those that are here but were not collected, so that they will be."""
         tasks = self._work.returning.get(node.peer, {})
         return [task for task, _ in zip(tasks, range(HOLD_MAX), strict=False)]
@@ -95,8 +107,8 @@ class Errands:
         """Data that placement wants here and that are not here yet."""
         mine = [d for d, peers in expected.items() if node.peer in peers and d in self._catalogue]
         data = [*mine, *(d for d in self._catalogue.wishing if d not in mine)]
-        wishes = [Wish(d, self._catalogue[d].record.replica, self._size(d)) for d in data]
-        holder = Holder(node.peer, node.holds, node.free.disk)
+        wishes = [Wish(d, self._catalogue[d].record.replica, self.missing(node.peer, d)) for d in data]
+        holder = Holder(node.peer, node.holds, min(node.free.disk, node.free.store))
         owners = {d: self._roster.claimed(d) for d in data}
         due = should_hold(holder, wishes, owners, expected)
         return [d for d in data if d in due and d not in node.holds]
@@ -104,6 +116,17 @@ class Errands:
     def missing(self, peer: PeerId, datum: str) -> int:
         """Bytes of `datum` that `peer` would have to fetch."""
         return self._roster.missing(peer, datum, self._size(datum))
+
+    def lacks(self, peer: PeerId, spec: JobSpec) -> int:
+        """Bytes that `peer` would have to fetch before it can run a task of `spec`."""
+        return sum(self.missing(peer, datum) for datum in filter(None, (spec.disk, spec.inputs)))
+
+    def why(self, spec: JobSpec, now: float) -> str:
+        """What tasks of `spec` wait for."""
+        candidates, kind = self._roster.candidates(), shape_key(spec)
+        missing = {c.peer: self.lacks(c.peer, spec) for c in candidates}
+        pauses = {c.peer: self._faults.until(kind, c.peer) - now for c in candidates}
+        return why_pending(spec, candidates, missing, {p: s for p, s in pauses.items() if s > 0})
 
     def _size(self, datum: str) -> int:
         """Bytes to fetch for a copy."""

@@ -22,8 +22,13 @@ class Rules:
     beat_interval: float = 5.0
     lost_after: float = 20.0
     """Silence after which a node is offline."""
-    backoff_max: float = 60.0
-    """Longest time for which a node does not get a task again that it could not start."""
+    fault_pause: float = 15.0
+    """For which a worker gets no task after it failed one; twice that after the next, and so on."""
+    fault_pause_max: float = 600.0
+    return_patience: float = 3600.0
+    """In which a submitter's node that is online must have come nearer to a result."""
+    inputs_grace: float = 300.0
+    """After the put of a job's inputs, in which they are kept for a job that is about to be submitted."""
     fairness: float = 60.0
     """Age at which a task is no longer passed over for one whose disk is at hand."""
 

@@ -7,10 +7,11 @@ nodes within a heartbeat, and so is never written: a renewal or a beat costs no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import attrs
 
+from p2pgrid.errors import WorldError
 from p2pgrid.ids import PeerId
 from p2pgrid.scheduler.job import Job, Task
 from p2pgrid.scheduler.messages import DatumRecord
@@ -68,6 +69,14 @@ class Past:
     tasks: Sequence[Task] = ()
 
 
+@attrs.frozen(kw_only=True, slots=False)
+class LedgerStuck(WorldError):
+    """The coordinator's ledger cannot be written at the moment."""
+
+    exit_code: ClassVar[int] = 8
+    why: str
+
+
 class Ledger(Protocol):
     """Keeps rows.  SQLite today; what a second coordinator would share tomorrow."""
 
@@ -78,6 +87,6 @@ class Ledger(Protocol):
     async def save(self, rows: Sequence[Row]) -> None:
         """Keep `rows`, a later one for the same key replacing an earlier: all of them or none.
 
-        Durable when it returns.
+        Durable when it returns.  Raises `LedgerStuck` where it may work later: nothing was kept then.
         """
         ...

@@ -6,8 +6,9 @@ task, named `JOB.INDEX`.
     pending --granted--> running --reported--> returning --collected--> completed | failed | error
        ^                    |                      |
        |                    +-- grid's fault, retries left, or lease lost
-       +--------------------+----------------------+-- holder of the result lost
-    pending | running | returning --cancel--> cancelled        pending | running --retries gone--> error
+       +--------------------+----------------------+-- holder of the result lost, or it cannot travel
+    pending | running | returning --cancel--> cancelled        running --retries gone--> error
+    returning --cannot travel, for the third time--> error
 
 *returning*: the guest has ended; its result tree lies on the worker and is on its way to the
 submitter's node.  Only what the submitter has collected is final.  *failed* is the guest's
@@ -63,7 +64,7 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     needs: Annotated[tuple[Word, ...], Meta(max_length=32)] = ()
     """Sharings that a worker must declare, as "root" or "virtualbox"."""
     retries: Annotated[int, Meta(ge=0, le=100)] = 3
-    """Further attempts after a failure of the grid; lost workers are not counted here."""
+    """Further attempts after failures of the grid, by different workers; lost workers are not counted."""
 
 
 class ResultTree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,7 +109,7 @@ class Task:
     node: PeerId | None = None
     """Who runs it or ran it last."""
     attempts: int = 0
-    """Failures of the grid that count against `retries`."""
+    """Failures of the grid that count against `retries`: those of different workers."""
     lost: int = 0
     """Leases and results that vanished with their node."""
     outcome: Outcome | None = None

@@ -19,7 +19,7 @@ import trio
 
 from p2pgrid.errors import Misconfigured
 from p2pgrid.ids import PeerId
-from p2pgrid.scheduler.facts import DatumRow, Member, Past, Row, TokenRevoked, TokenUse
+from p2pgrid.scheduler.facts import DatumRow, LedgerStuck, Member, Past, Row, TokenRevoked, TokenUse
 from p2pgrid.scheduler.job import Job, JobSpec, Outcome, Task
 from p2pgrid.scheduler.messages import DatumRecord
 
@@ -93,9 +93,16 @@ class SqliteLedger:
         self._db.close()
 
     def _save(self, rows: Sequence[Row]) -> None:
-        with self._db:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
             for row in rows:
                 self._db.execute(*_statement(row))
+            self._db.execute("COMMIT")
+        except (apsw.FullError, apsw.IOError, apsw.BusyError) as stuck:
+            raise LedgerStuck(why=str(stuck)) from None
+        finally:
+            if self._db.in_transaction:  # on a full disk SQLite may have rolled back by itself
+                self._db.execute("ROLLBACK")
 
     def _load(self) -> Past:
         def rows(sql: str) -> list[tuple[Any, ...]]:

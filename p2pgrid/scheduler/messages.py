@@ -44,6 +44,8 @@ PATIENCE_MAX = 25.0
 PAGE = 96
 """Rows of one reply: well under `wire.BODY_MAX` even where every field is full."""
 
+HOLDS_MAX = 8192
+"""Data that one beat lists."""
 HOLD_MAX = 64
 """Data that one answer tells a node to fetch; the others come with a later one."""
 DROP_MAX = 1024
@@ -86,6 +88,9 @@ class Capacity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: Bytes = 0
     cpus: Annotated[int, Meta(ge=0, le=4096)] = 0
     disk: Bytes = 0
+    """Free for scratch disks."""
+    store: Bytes = 1 << 50
+    """Room left in the chunk store for data that are not here yet; as large as can be where it is unknown."""
 
 
 class Join(Message, frozen=True):
@@ -104,8 +109,8 @@ class Beat(Message, frozen=True):
     beat of the same peer ends the wait of the older one.
     """
 
-    holds: Annotated[tuple[CidText, ...], Meta(max_length=8192)] = ()
-    """Data that are complete here."""
+    holds: Annotated[tuple[CidText, ...], Meta(max_length=HOLDS_MAX)] = ()
+    """Data that are complete here; where they are too many: disks first, then the newest trees."""
     partial: Annotated[tuple[Holding, ...], Meta(max_length=1024)] = ()
     total: Capacity = Capacity()
     """Everything this worker would offer when idle."""
@@ -115,6 +120,8 @@ class Beat(Message, frozen=True):
     status: Note = ""
     """One line for people, as "paused by its owner"."""
     patience: Patience = 0.0
+    cut: bool = False
+    """`holds` is not all: what is not listed is not taken as gone."""
 
 
 class Pull(Message, frozen=True):

@@ -1,6 +1,6 @@
 """Keep the tasks that wait for a worker, so that none is scanned to find one.
 
-Pure.  Tasks that ask the same of a worker (disk, memory, …) form a *shape*; a pull looks
+Pure.  Tasks that ask the same of a worker (disk, inputs, memory, …) form a *shape*; a pull looks
 at shapes, of which there are as many as different jobs under way, never at all tasks.
 Within a shape the oldest task is first.
 """
@@ -23,6 +23,8 @@ Order: TypeAlias = tuple[float, str, int]
 class Shape:
     """Pending tasks that ask the same of a worker."""
 
+    kind: tuple[object, ...]
+    """Its key."""
     spec: JobSpec
     """Of any of its jobs; only what a worker must offer is common."""
     queue: list[tuple[Order, str]] = attrs.field(factory=list)
@@ -54,7 +56,7 @@ class Shape:
 
 def shape_key(spec: JobSpec) -> tuple[object, ...]:
     """What decides which workers may run a task."""
-    return (spec.disk, frozenset(spec.needs), spec.memory, spec.cpus, spec.scratch)
+    return (spec.disk, spec.inputs, frozenset(spec.needs), spec.memory, spec.cpus, spec.scratch)
 
 
 class Pending:
@@ -76,7 +78,7 @@ class Pending:
     def add(self, task: str, spec: JobSpec, order: Order) -> None:
         assert task not in self._where
         key = shape_key(spec)
-        shape = self._shapes.setdefault(key, Shape(spec))
+        shape = self._shapes.setdefault(key, Shape(key, spec))
         shape.members[task] = order
         heapq.heappush(shape.queue, (order, task))
         self._where[task] = key

@@ -25,7 +25,7 @@ class Wish:
     datum: str
     replica: int
     bytes: int
-    """What a copy takes on disk."""
+    """What the node has yet to fetch of it."""
 
 
 @attrs.frozen
@@ -46,7 +46,8 @@ def should_hold(
     """The data of `data` that `node` should hold; what it holds already, it keeps.
 
     `owners` counts nodes that hold a datum or were told to.  Data that do not fit the
-    node's room any more are left out, those of expected jobs are first to be placed.
+    node's room (any more) are left out; those it was told to hold, and then those of expected
+    jobs, are first to be placed.
     """
     kept: set[str] = set()
     wanted: list[Wish] = []
@@ -54,15 +55,14 @@ def should_hold(
     for wish in data:
         if wish.datum in node.holds:
             kept.add(wish.datum)
-        elif node.peer in owners.get(wish.datum, ()):
-            kept.add(wish.datum)
-            room -= wish.bytes
         else:
             wanted.append(wish)
-    wanted.sort(key=lambda w: node.peer not in expected.get(w.datum, ()))
+    told = {w.datum for w in wanted if node.peer in owners.get(w.datum, ())}
+    wanted.sort(key=lambda w: (w.datum not in told, node.peer not in expected.get(w.datum, ())))
     for wish in wanted:
         is_due = (
-            node.peer in expected.get(wish.datum, ())
+            wish.datum in told
+            or node.peer in expected.get(wish.datum, ())
             or wish.replica == EVERYWHERE
             or len(owners.get(wish.datum, ())) < wish.replica
         )
@@ -72,13 +72,17 @@ def should_hold(
     return kept
 
 
-def fits(spec: JobSpec, offer: Capacity, shares: Collection[str]) -> bool:
-    """Whether a worker that offers `offer` and shares `shares` may run a task of `spec`."""
+def fits(spec: JobSpec, offer: Capacity, shares: Collection[str], missing: int = 0) -> bool:
+    """Whether a worker that offers `offer` and shares `shares` may run a task of `spec`.
+
+    `missing` bytes of its data are to be fetched first.
+    """
     return (
         offer.slots > 0
         and spec.memory <= offer.memory
         and spec.cpus <= offer.cpus
         and spec.scratch <= offer.disk
+        and missing <= offer.store
         and all(need in shares for need in spec.needs)
     )
 
@@ -98,16 +102,24 @@ def expected_workers(
 ) -> list[PeerId]:
     """The workers that will likely run `count` pending tasks of `spec`, likeliest first.
 
-    Those with a free slot come first, then those to whom the fewest bytes of the disk are
+    Those with a free slot come first, then those to whom the fewest bytes of its data are
     `missing`.  At most `count`: a disk that nobody needs is not sent ahead.
     """
-    able = [c for c in candidates if fits(spec, c.total, c.shares)]
+    able = [c for c in candidates if fits(spec, c.total, c.shares, missing[c.peer])]
     able.sort(key=lambda c: (not fits(spec, c.free, c.shares), missing[c.peer], c.peer))
     return [c.peer for c in able[:count]]
 
 
-def why_pending(spec: JobSpec, candidates: Sequence[Candidate]) -> str:
-    """In one sentence, what tasks of `spec` wait for: the condition that most workers fail."""
+def why_pending(
+    spec: JobSpec,
+    candidates: Sequence[Candidate],
+    missing: Mapping[PeerId, int],
+    paused: Mapping[PeerId, float],
+) -> str:
+    """In one sentence, what tasks of `spec` wait for: the condition that most workers fail.
+
+    `missing` bytes of its data by worker; seconds for which a worker is `paused`, as it failed lately.
+    """
     if not candidates:
         return "no worker is online"
     tests: list[tuple[str, Callable[[Candidate], bool]]] = [
@@ -115,6 +127,7 @@ def why_pending(spec: JobSpec, candidates: Sequence[Candidate]) -> str:
         (f"offers {spec.memory >> 20} MiB of memory", lambda c: spec.memory <= c.total.memory),
         (f"offers {spec.cpus} CPUs", lambda c: spec.cpus <= c.total.cpus),
         (f"has {spec.scratch >> 20} MiB of disk for scratch", lambda c: spec.scratch <= c.total.disk),
+        ("has room in its store for the disk and the inputs", lambda c: missing[c.peer] <= c.total.store),
     ]
     online = f"of {len(candidates)} workers online"
     left = list(candidates)
@@ -124,4 +137,11 @@ def why_pending(spec: JobSpec, candidates: Sequence[Candidate]) -> str:
             others = "" if len(left) == len(candidates) else " of those that meet the rest"
             return f"{online} none{others} {what}"
         left = kept
-    return f"{online} {len(left)} can run it; waiting for a free slot"
+    pauses = [paused[c.peer] for c in left if c.peer in paused]
+    if not pauses:
+        return f"{online} {len(left)} can run it; waiting for a free slot"
+    failed = "all" if len(pauses) == len(left) else str(len(pauses))
+    return (
+        f"{online} {len(left)} can run it; {failed} of these failed lately and get no task for up to "
+        f"{max(pauses):.0f} s; waiting for a free slot"
+    )

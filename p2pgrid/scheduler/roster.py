@@ -44,6 +44,12 @@ class Node:
     """Replicas it was told to hold and does not have yet."""
     stops: dict[str, None] = attrs.field(factory=dict)
     """Tasks taken back that it has not been told of."""
+    dropping: set[str] = attrs.field(factory=set)
+    """Data it was told to drop."""
+    cut: bool = False
+    """It holds more than its heartbeats list."""
+    awake: float = 0.0
+    """Seconds for which it was online, in total."""
     told: object = None
     """The orders it knows."""
 
@@ -67,6 +73,10 @@ class Roster:
         """Nodes online that hold it completely."""
         return self._owners.get(datum, {}).keys()
 
+    def have(self, datum: str) -> dict[PeerId, None]:
+        """Nodes online that hold any of it."""
+        return self._owners.get(datum, {}) | self._partly.get(datum, {})
+
     def claimed(self, datum: str) -> dict[PeerId, None]:
         """Owners, and those that were told to become one."""
         return self._owners.get(datum, {}) | self._promised.get(datum, {})
@@ -75,7 +85,10 @@ class Roster:
         """Take in what a heartbeat tells."""
         node.addresses, node.shares = beat.addresses, beat.shares
         node.total, node.free, node.status = beat.total, beat.free, beat.status
+        node.cut = beat.cut
         holds = set(beat.holds)
+        if beat.cut:
+            holds |= node.holds - node.dropping - {h.datum for h in beat.partial}
         for datum in node.holds - holds:
             self._unlist(self._owners, datum, node.peer)
         for datum in beat.holds:

@@ -26,11 +26,13 @@ from p2pgrid.scheduler.catalogue import Catalogue
 from p2pgrid.scheduler.errands import Errands, gist
 from p2pgrid.scheduler.events import Answer, Called, Effect, Event, Hung, Rules, Save, Undelivered
 from p2pgrid.scheduler.facts import Past, Row
+from p2pgrid.scheduler.faults import Faults
 from p2pgrid.scheduler.job import Revoked, Task
 from p2pgrid.scheduler.members import Admission, Members
 from p2pgrid.scheduler.parking import Parked, Parking, Timers
-from p2pgrid.scheduler.pending import Shape
+from p2pgrid.scheduler.pending import Shape, shape_key
 from p2pgrid.scheduler.placement import fits
+from p2pgrid.scheduler.returns import Returns
 from p2pgrid.scheduler.roster import Node, Roster
 from p2pgrid.scheduler.submissions import Submissions
 from p2pgrid.scheduler.work import Lease, Work
@@ -47,12 +49,19 @@ class Schedule:
         self.roster = Roster()
         self.catalogue = Catalogue(past.data)
         self.work = Work(self.roster, self._rows)
-        self._errands = Errands(self.work, self.roster, self.catalogue, self.rules.beat_interval)
-        self._submissions = Submissions(self.members, self.work, self.roster, self.catalogue, self._rows)
+        self._faults = Faults(self.rules)
+        self._returns = Returns(self.rules.return_patience)
+        self._errands = Errands(
+            self.work, self.roster, self.catalogue, self._faults, self.rules.beat_interval
+        )
+        self._submissions = Submissions(self.members, self.work, self.roster, self.catalogue, self._errands,
+                                        self._returns, self._rows)  # fmt: skip
         self._parking = Parking()
         self._timers = Timers()
         self._avoid: dict[str, dict[PeerId, float]] = {}
+        """Workers from which a result of the task did not come home, and until when they do not get it."""
         self._jobs_seen = 0
+        self._now = now
         for peer in self.members:
             self._note_role(peer)
         self.work.restore(past, now, now + self.rules.lease_ttl)
@@ -61,6 +70,7 @@ class Schedule:
         for node in self.roster.nodes.values():
             if node.leases or node.results:
                 self._heard(node, now)
+        self._close_jobs(now)
 
     # --- the door ---------------------------------------------------------------------------
 
@@ -72,6 +82,7 @@ class Schedule:
         """Take one event.  Effects are in order: rows first, then the answers that need them."""
         if now > self.deadline + self.rules.lost_after:
             self._slept(now)
+        self._now = now
         match event:
             case Called():
                 try:
@@ -89,6 +100,7 @@ class Schedule:
                 self._undelivered(task, epoch)
         self._ring(now)
         self._match(now)
+        self._close_jobs(now)
         self._spread_news(now)
         effects: list[Effect] = [*map(Save, self._rows), *self._answers]
         self._rows.clear()
@@ -198,6 +210,9 @@ class Schedule:
     # --- heartbeats ---------------------------------------------------------------------------
 
     def _heard(self, node: Node, now: float) -> None:
+        if node.online:
+            assert node.seen is not None
+            node.awake += now - node.seen
         node.seen = now
         if not node.online:
             node.online = True
@@ -206,9 +221,12 @@ class Schedule:
     def _beat(self, call: int, peer: PeerId, beat: m.Beat, now: float) -> m.Reply | None:
         node = self.roster.node(peer)
         self.work.fresh |= node.shares != beat.shares
-        gone = self.work.results.keys() & (node.holds - set(beat.holds))
+        before, partial = node.holds, node.partial
         self.roster.beat(node, beat)
+        gone = self.work.results.keys() & (before - node.holds)
+        self.work.fresh |= peer in self._parking.pulls and (before, partial) != (node.holds, node.partial)
         self._own_results(node, now)
+        self._overdue(node, now)
         self._orphaned(gone)
         if peer in self._parking.beats:
             self._answer(self._parking.beats[peer], self._orders(node, now))
@@ -226,8 +244,20 @@ class Schedule:
                 self.work.revive_result(task)
         for task in [self.work.tasks[t] for t in node.results]:
             has_it = task.tree.datum in node.holds or self._elsewhere(task.id)
-            if not has_it and now - task.reported > self.rules.lost_after:
+            if not has_it and not node.cut and now - task.reported > self.rules.lost_after:
                 self.work.lapse(task, "its worker no longer has the result")
+
+    def _overdue(self, node: Node, now: float) -> None:
+        """Have results made again that `node`, for which they are, could not fetch."""
+        queue = [self.work.tasks[t] for t in self._errands.results_for(node)]
+        for task in self._returns.overdue(node, queue):
+            assert task.node is not None
+            until = now + self.rules.fault_pause_max
+            self._avoid.setdefault(task.id, {})[task.node] = until
+            self._timers.set(until, "avoid", task.id)
+            waited = f"{self.rules.return_patience:.0f} s"
+            where = self.members.name(task.node)
+            self.work.abandon(task, f"its result could not be fetched from {where} in {waited}", now)
 
     def _orders(self, node: Node, now: float) -> m.Orders:
         return self._tell(node, self._errands.orders(node, now))
@@ -235,6 +265,7 @@ class Schedule:
     @staticmethod
     def _tell(node: Node, orders: m.Orders) -> m.Orders:
         node.stops.clear()
+        node.dropping = set(orders.drop)
         node.told = gist(msgspec.structs.replace(orders, stop=()))
         return orders
 
@@ -251,7 +282,8 @@ class Schedule:
         touched, self.work.touched = self.work.touched, {}
         for job in touched:
             for parked in self._parking.watches(job):
-                self._answer(parked, self._submissions.view(self.work.jobs[job], parked.request.version))
+                view = self._submissions.view(self.work.jobs[job], parked.request.version, now)
+                self._answer(parked, view)
 
     # --- work ---------------------------------------------------------------------------------
 
@@ -278,27 +310,33 @@ class Schedule:
         best: tuple[Any, ...] | None = None
         chosen = None
         for shape in self.work.pending:
-            if not fits(shape.spec, pull.free, node.shares):
+            missing = self._errands.lacks(node.peer, shape.spec)
+            if not fits(shape.spec, pull.free, node.shares, missing):
                 continue
             order = shape.members[shape.first()]
             is_old = now - order[0] > self.rules.fairness
-            rank = (0 if is_old else self._errands.missing(node.peer, shape.spec.disk), order)
+            rank = (0 if is_old else missing, order)
             if (best is None or rank < best) and self._allowed(shape, node.peer, now) is not None:
                 best, chosen = rank, shape
         return chosen
 
     def _allowed(self, shape: Shape, peer: PeerId, now: float) -> str | None:
-        """The oldest task of `shape` that `peer` did not just fail to start."""
+        """The oldest task of `shape` that `peer` may have."""
+        if self._faults.until(shape.kind, peer) > now:
+            return None
         return shape.oldest(lambda task: self._avoid.get(task, {}).get(peer, 0.0) <= now)
 
     def _match(self, now: float) -> None:
         """Give tasks that became pending to pulls that wait, holders of the disk first."""
         fresh, self.work.fresh = self.work.fresh, False
         for shape in list(self.work.pending) if fresh else ():
-            able = [p for p in self._parking.pulls.values()
-                    if fits(shape.spec, p.request.free, self.roster.node(p.peer).shares)]  # fmt: skip
-            able.sort(key=lambda p: self._errands.missing(p.peer, shape.spec.disk))
-            for parked in able:
+            missing = {p: self._errands.lacks(p, shape.spec) for p in self._parking.pulls}
+            able = [
+                p
+                for p in self._parking.pulls.values()
+                if fits(shape.spec, p.request.free, self.roster.node(p.peer).shares, missing[p.peer])
+            ]
+            for parked in sorted(able, key=lambda p: missing[p.peer]):
                 task = self._allowed(shape, parked.peer, now)
                 if task is not None:
                     self._answer(parked, self._grant(task, self.roster.node(parked.peer), now))
@@ -348,19 +386,29 @@ class Schedule:
 
     def _report(self, peer: PeerId, report: m.Report, now: float) -> m.Reply:
         node = self.roster.node(peer)
-        task = self.work.report(report.task, report.epoch, peer, report.outcome, now)
+        task = self.work.report(
+            report.task, report.epoch, peer, report.outcome, now, lambda task: self._failed(task, peer, now)
+        )
+        if task is not None and not report.outcome.retry:
+            self._faults.worked(shape_key(self.work.jobs[task.job].job.spec), peer)
         if task is not None and task.state == "returning":
             self.roster.hold(node, task.tree.datum)
-        elif task is not None and task.state == "pending":
-            pause = min(2.0**task.attempts, self.rules.backoff_max)
-            self._avoid.setdefault(task.id, {})[peer] = now + pause
-            self._timers.set(now + pause, "avoid", task.id)
         return m.Done(report.task)
+
+    def _failed(self, task: Task, peer: PeerId, now: float) -> bool:
+        """`peer` could not run `task`: whether that counts against the task.  `peer` pauses."""
+        spec = self.work.jobs[task.job].job.spec
+        kind = shape_key(spec)
+        able = [c.peer for c in self.roster.candidates()
+                if fits(spec, c.total, c.shares, self._errands.lacks(c.peer, spec))]  # fmt: skip
+        counts = self._faults.failed(task.job, task.id, kind, peer, able, now)
+        self._timers.set(self._faults.until(kind, peer), "avoid", task.id)
+        return counts
 
     def _watch(self, call: int, peer: PeerId, watch: m.Watch, now: float) -> m.Reply | None:
         job = self._submissions.visible(watch.job, peer)
         if watch.version != job.version or not watch.patience or job.final:
-            return self._submissions.view(job, watch.version)
+            return self._submissions.view(job, watch.version, now)
         self._parking.watch(self._parked(call, peer, watch, now), watch.job)
         return None
 
@@ -394,6 +442,8 @@ class Schedule:
                     self._avoid.pop(key, None)
                     if left:
                         self._avoid[key] = left
+                case "retire":
+                    self._retire(key, now)
 
     def _time(self, task_id: str, lease: Lease) -> None:
         """Have its end noticed, once."""
@@ -433,7 +483,21 @@ class Schedule:
             case m.Beat():
                 self._answer(parked, self._orders(self.roster.node(parked.peer), now))
             case m.Watch(job, version):
-                self._answer(parked, self._submissions.view(self.work.jobs[job], version))
+                self._answer(parked, self._submissions.view(self.work.jobs[job], version, now))
+
+    def _close_jobs(self, now: float) -> None:
+        """Clear up after jobs that became final."""
+        ended, self.work.ended = self.work.ended, {}
+        for job in ended:
+            self._faults.ended(job)
+            inputs = self.work.jobs[job].job.spec.inputs
+            if inputs is not None and inputs in self.catalogue:
+                self._timers.set(now + self.rules.beat_interval, "retire", inputs)
+
+    def _retire(self, inputs: str, now: float) -> None:
+        again = self._submissions.retire(inputs, now, self.rules.inputs_grace)
+        if again is not None:
+            self._timers.set(again, "retire", inputs)
 
     def _slept(self, now: float) -> None:
         """Nobody could be heard for a while: nobody is to blame for it."""
@@ -462,6 +526,9 @@ class Schedule:
         for peer, parked in self._parking.pulls.items():
             node = self.roster.node(peer)
             for shape in self.work.pending:
-                fit = fits(shape.spec, parked.request.free, node.shares)
-                held = all(peer in self._avoid.get(task, {}) for task in shape.members)
+                missing = self._errands.lacks(peer, shape.spec)
+                fit = fits(shape.spec, parked.request.free, node.shares, missing)
+                held = self._faults.until(shape.kind, peer) > self._now or all(
+                    peer in self._avoid.get(task, {}) for task in shape.members
+                )
                 assert not fit or held, "a worker waits while a task for it is pending"

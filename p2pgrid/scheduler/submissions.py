@@ -10,8 +10,10 @@ from p2pgrid.ids import PeerId, readable_id
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler import views
 from p2pgrid.scheduler.catalogue import Catalogue
+from p2pgrid.scheduler.errands import Errands
 from p2pgrid.scheduler.facts import Row
 from p2pgrid.scheduler.members import Members
+from p2pgrid.scheduler.returns import Returns
 from p2pgrid.scheduler.roster import Roster
 from p2pgrid.scheduler.work import JobState, Work
 
@@ -20,12 +22,21 @@ class Submissions:
     """The submitters' side of the coordinator."""
 
     def __init__(
-        self, members: Members, work: Work, roster: Roster, catalogue: Catalogue, rows: list[Row]
+        self,
+        members: Members,
+        work: Work,
+        roster: Roster,
+        catalogue: Catalogue,
+        errands: Errands,
+        returns: Returns,
+        rows: list[Row],
     ) -> None:
         self._members = members
         self._work = work
         self._roster = roster
         self._catalogue = catalogue
+        self._errands = errands
+        self._returns = returns
         self._rows = rows
 
     def _sees(self, peer: PeerId, submitter: PeerId) -> bool:
@@ -53,7 +64,12 @@ class Submissions:
         if task is None:
             raise NotFound(what=f"task {request.task}")
         state = self.visible(task.job, peer)
+        submitter = self._roster.node(state.job.submitter)
+        queue = self._errands.results_for(submitter)
         self._work.collect(task, request.epoch, now)
+        if task.id in queue:
+            younger = [self._work.tasks[t] for t in queue[queue.index(task.id) + 1 :]]
+            self._returns.collected(submitter, task, younger)
         self._roster.news |= dict.fromkeys(filter(None, (state.job.submitter, task.node)))
         return m.Done(task.id)
 
@@ -62,8 +78,9 @@ class Submissions:
         self._work.cancel(job, now)
         return m.Done(job.job.id)
 
-    def view(self, job: JobState, after: int) -> m.JobView:
-        return views.job_view(job, after, self._work, self._roster, self._members)
+    def view(self, job: JobState, after: int, now: float) -> m.JobView:
+        why = self._errands.why(job.job.spec, now) if job.counts.get("pending") else ""
+        return views.job_view(job, after, self._work, self._members, why)
 
     def jobs(self, peer: PeerId, request: m.Jobs) -> m.JobList:
         mine = [j for j in reversed(self._work.jobs.values()) if self._sees(peer, j.job.submitter)]
@@ -83,9 +100,27 @@ class Submissions:
         datum = row.record.datum
         if self._work.used.get(datum):
             raise Conflict(what=f"a job under way that needs {datum}")
-        self._rows.append(self._catalogue.forget(datum))
-        self._roster.news |= dict.fromkeys(self._roster.owners(datum))
+        self._forget(datum)
         return m.Done()
+
+    def _forget(self, datum: str) -> None:
+        self._rows.append(self._catalogue.forget(datum))
+        self._roster.news |= self._roster.have(datum)
+
+    def retire(self, datum: str, now: float, grace: float) -> float | None:
+        """Let the inputs of jobs that are over be dropped; None, or the time to ask again.
+
+        A tree that has a name or a wish, or that is a result as well, is more than inputs and stays.
+        """
+        if datum not in self._catalogue or self._work.used.get(datum) or self._work.result_of.get(datum):
+            return None
+        row = self._catalogue[datum]
+        if row.record.kind != "tree" or row.record.name or row.record.replica:
+            return None
+        if row.created + grace > now:
+            return row.created + grace
+        self._forget(datum)
+        return None
 
     def datum(self, peer: PeerId, request: m.Datum) -> m.DatumView:
         row = self._catalogue.find(request.name, peer, peer == self._members.owner)

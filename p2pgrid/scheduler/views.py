@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import TypeVar, cast
 
 from p2pgrid.ids import PeerId
@@ -14,7 +15,6 @@ from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.facts import DatumRow
 from p2pgrid.scheduler.job import State, Task
 from p2pgrid.scheduler.members import Members
-from p2pgrid.scheduler.placement import why_pending
 from p2pgrid.scheduler.roster import Roster
 from p2pgrid.scheduler.work import JobState, Work
 
@@ -35,14 +35,13 @@ def counts(job: JobState) -> dict[State, int]:
     return {state: n for state, n in job.counts.items() if n}
 
 
-def job_view(job: JobState, after: int, work: Work, roster: Roster, members: Members) -> m.JobView:
-    """A job and a page of the tasks that changed after version `after`."""
+def job_view(job: JobState, after: int, work: Work, members: Members, why: str) -> m.JobView:
+    """A job and a page of the tasks that changed after version `after`; `why` some are pending."""
     if after > job.version:
         after = 0
     newest = itertools.takewhile(lambda t: job.changed[t] > after, reversed(job.changed))
     changed = list(newest)[::-1]
     shown, more = changed[: m.PAGE], len(changed) > m.PAGE
-    waits = job.counts.get("pending", 0) > 0
     return m.JobView(
         job=job.job.id,
         spec=job.job.spec,
@@ -51,7 +50,7 @@ def job_view(job: JobState, after: int, work: Work, roster: Roster, members: Mem
         state=job.state,
         version=job.changed[shown[-1]] if more else job.version,
         counts=counts(job),
-        why=why_pending(job.job.spec, roster.candidates()) if waits else "",
+        why=why,
         tasks=tuple(task_view(work.tasks[t], work, members) for t in shown),
         more=more,
     )
@@ -59,6 +58,10 @@ def job_view(job: JobState, after: int, work: Work, roster: Roster, members: Mem
 
 def task_view(task: Task, work: Work, members: Members) -> m.TaskView:
     lease = work.leases.get(task.id)
+    note = lease.note if lease else task.reason
+    if task.state == "returning":
+        since = datetime.fromtimestamp(task.reported, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        note = f"its result waits at {members.name(task.node)} since {since}"
     return m.TaskView(
         task=task.id,
         index=task.index,
@@ -71,7 +74,7 @@ def task_view(task: Task, work: Work, members: Members) -> m.TaskView:
         started=task.started,
         reported=task.reported,
         ended=task.ended,
-        note=(lease.note if lease else task.reason)[:200],
+        note=note[:200],
         outcome=None if task.state in ("pending", "running") else task.outcome,
     )
 

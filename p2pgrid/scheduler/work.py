@@ -10,7 +10,10 @@ or a finished result survives a cut link.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
+import msgspec
 
 from p2pgrid.errors import Conflict
 from p2pgrid.ids import PeerId
@@ -23,6 +26,8 @@ _FINAL: tuple[State, ...] = ("completed", "failed", "error", "cancelled")
 
 LOST_MAX = 1000
 """Workers that may vanish under one task before it is taken for their murderer."""
+STUCK_MAX = 3
+"""Results of one task that may fail to travel."""
 
 
 @attrs.define(eq=False)
@@ -77,12 +82,16 @@ class Work:
         """Data to the number of jobs under way that need them."""
         self.results: dict[str, dict[str, None]] = {}
         """Result trees to the tasks that still return them."""
-        self.result_of: dict[str, PeerId] = {}
-        """Result trees to the submitter whom they are for."""
+        self.result_of: dict[str, dict[PeerId, int]] = {}
+        """Result trees to the submitters whom they are for, each with the number of tasks; none: a result
+        that nobody waits for."""
+        self.ended: dict[str, None] = {}
+        """Jobs that became final and whose end was not looked at."""
         self.touched: dict[str, None] = {}
         """Jobs that changed since their watchers were told."""
         self.fresh = False
         """Something became pending since waiting workers were looked at."""
+        self._stuck: dict[str, int] = {}
         self._roster = roster
         self._rows = rows
 
@@ -107,9 +116,12 @@ class Work:
             state.version += 1
             state.changed[task.id] = state.version
             self._enter(task, state)
+            self._await_result(task)
             if task.state == "running":
                 self.leases[task.id] = Lease(until)
-        if not state.final:
+        if state.final:
+            self.ended[job.id] = None
+        else:
             self._use(job.spec, +1)
 
     def submit(self, id_: str, spec: JobSpec, submitter: PeerId, key: str, now: float) -> str:
@@ -150,6 +162,7 @@ class Work:
         """Lease a pending task to `node` until `until`, under a new epoch."""
         assert task.state == "pending"
         self._forget_lapse(task)
+        self._forgo_result(task)
         task.epoch += 1
         task.node, task.started, task.reported, task.outcome = node.peer, now, 0.0, None
         self._move(task, "running")
@@ -167,8 +180,19 @@ class Work:
             raise Gone(what=f"{task} is {found.state}")
         return found
 
-    def report(self, task: str, epoch: int, peer: PeerId, outcome: Outcome, now: float) -> Task | None:
-        """Take a report; None if it was taken before.  Raises `Gone` or `Revoked`."""
+    def report(
+        self,
+        task: str,
+        epoch: int,
+        peer: PeerId,
+        outcome: Outcome,
+        now: float,
+        counts: Callable[[Task], bool],
+    ) -> Task | None:
+        """Take a report; None if it was taken before.  Raises `Gone` or `Revoked`.
+
+        `counts` is asked whether a failure of the grid spends one of the task's retries.
+        """
         found = self._fenced(task, epoch, peer)
         if found.reported:
             if found.id not in self._roster.node(peer).lapsed:
@@ -177,12 +201,12 @@ class Work:
             return found
         self.claim(task, epoch, peer, now)
         found.reported, found.outcome = now, outcome
-        spec = self.jobs[found.job].job.spec
+        self._await_result(found)
         if outcome.retry:
-            found.attempts += 1
+            found.attempts += counts(found)
             found.reason = outcome.why
-            if found.attempts <= spec.retries:
-                self._move(found, "pending")
+            if found.attempts <= self.jobs[found.job].job.spec.retries:
+                self._move(found, "pending", keep=False)
                 return found
         if outcome.result is not None:
             self._move(found, "returning")
@@ -212,9 +236,21 @@ class Work:
             task.reason = f"{LOST_MAX} workers were lost with it; the last: {reason}"
             self._move(task, "error")
             return
-        self._move(task, "pending")
+        self._move(task, "pending", keep=revivable)
         if revivable:
             node.lapsed[task.id] = None
+
+    def abandon(self, task: Task, reason: str, now: float) -> None:
+        """The result of `task` cannot travel: it is made again elsewhere, or given up."""
+        assert task.state == "returning"
+        self._stuck[task.id] = self._stuck.get(task.id, 0) + 1
+        if self._stuck[task.id] < STUCK_MAX:
+            self.lapse(task, reason, revivable=False)
+            return
+        task.lost += 1
+        task.ended = now
+        task.reason = f"{STUCK_MAX} results of it could not be brought to its submitter; the last: {reason}"
+        self._move(task, "error", keep=False)
 
     def revive_result(self, task: Task) -> None:
         """The lost holder of a result is back and still has it."""
@@ -238,10 +274,13 @@ class Work:
         if task.node is not None:
             self._roster.node(task.node).lapsed.pop(task.id, None)
 
-    def _move(self, task: Task, state: State) -> None:
+    def _move(self, task: Task, state: State, *, keep: bool = True) -> None:
+        """Put `task` into `state`; without `keep`, what it brought will not count."""
         job = self.jobs[task.job]
         was_final = job.final
         self._exit(task)
+        if not keep:
+            self._forgo_result(task)
         job.counts[task.state] -= 1
         job.counts[state] = job.counts.get(state, 0) + 1
         task.state = state
@@ -251,6 +290,7 @@ class Work:
         assert not was_final, "a final job has no task to move"
         if job.final:
             self._use(job.job.spec, -1)
+            self.ended[job.job.id] = None
 
     def touch(self, task: Task) -> None:
         """Tell watchers that `task` is not what it was."""
@@ -275,12 +315,10 @@ class Work:
                 self.returning.setdefault(job.job.submitter, {})[task.id] = None
                 datum = task.tree.datum
                 self.results.setdefault(datum, {})[task.id] = None
-                self.result_of[datum] = job.job.submitter
                 self._roster.news[job.job.submitter] = None
             case _:
                 self._forget_lapse(task)
-                if task.outcome is not None and task.outcome.result is not None:
-                    self.result_of[task.outcome.result.datum] = job.job.submitter
+                self._stuck.pop(task.id, None)
 
     def _exit(self, task: Task) -> None:
         match task.state:
@@ -307,10 +345,28 @@ class Work:
             if not self.used[datum]:
                 del self.used[datum]
 
+    def _await_result(self, task: Task) -> None:
+        """Somebody waits for what `task` brought, or has it."""
+        if task.outcome is not None and task.outcome.result is not None:
+            waiting = self.result_of.setdefault(task.outcome.result.datum, {})
+            submitter = self.jobs[task.job].job.submitter
+            waiting[submitter] = waiting.get(submitter, 0) + 1
+
+    def _forgo_result(self, task: Task) -> None:
+        """What `task` brought, if anything, will not count."""
+        if task.outcome is None or task.outcome.result is None:
+            return
+        waiting = self.result_of[task.outcome.result.datum]
+        task.outcome = msgspec.structs.replace(task.outcome, result=None)
+        submitter = self.jobs[task.job].job.submitter
+        waiting[submitter] -= 1
+        if not waiting[submitter]:
+            del waiting[submitter]
+
     def droppable_result(self, datum: str, peer: PeerId) -> bool:
-        """Whether `peer` needs not keep this result tree: collected, and not for `peer`."""
+        """Whether `peer` needs not keep this result tree: collected or in vain, and not for `peer`."""
         to = self.result_of.get(datum)
-        return to is not None and to != peer and datum not in self.results
+        return to is not None and peer not in to and datum not in self.results
 
     def check(self) -> None:
         self.pending.check()
@@ -328,6 +384,13 @@ class Work:
         assert returning == {t for n in nodes for t in n.results}
         assert returning == {t for tasks in self.returning.values() for t in tasks}
         assert all(self.tasks[t].state == "pending" for n in nodes for t in n.lapsed)
+        awaited: dict[str, dict[PeerId, int]] = {datum: {} for datum in self.result_of}
+        for task in self.tasks.values():
+            if task.outcome is not None and task.outcome.result is not None:
+                peers = awaited[task.outcome.result.datum]
+                submitter = self.jobs[task.job].job.submitter
+                peers[submitter] = peers.get(submitter, 0) + 1
+        assert awaited == self.result_of
         for job in self.jobs.values():
             assert sum(job.counts.values()) == len(job.tasks) == len(job.changed)
             assert all(sum(t.state == s for t in job.tasks) == n for s, n in job.counts.items())

@@ -118,10 +118,14 @@ def test_fits(change, fit):
 
 def test_why_pending_names_the_condition_nobody_meets():
     small = Capacity(slots=1, memory=GIB, cpus=4, disk=8 * GIB)
-    assert why_pending(SPEC, []) == "no worker is online"
-    assert why_pending(SPEC, [candidate("ann", shares=())]) == "of 1 workers online none shares root"
+    missing = dict.fromkeys(("ann", "bob", "cid"), 0)
+    assert why_pending(SPEC, [], {}, {}) == "no worker is online"
+    assert (
+        why_pending(SPEC, [candidate("ann", shares=())], missing, {})
+        == "of 1 workers online none shares root"
+    )
     both = [candidate("ann", shares=()), candidate("bob", total=small)]
-    assert why_pending(SPEC, both) == (
+    assert why_pending(SPEC, both, missing, {}) == (
         "of 2 workers online none of those that meet the rest offers 2048 MiB of memory"
     )
-    assert "1 can run it" in why_pending(SPEC, [*both, candidate("cid")])
+    assert "1 can run it" in why_pending(SPEC, [*both, candidate("cid")], missing, {})

@@ -41,7 +41,9 @@ class Worker:
 class AnyHistory(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
-        self.history = History(rules=Rules(lease_ttl=30, beat_interval=5, lost_after=20))
+        self.history = History(
+            rules=Rules(lease_ttl=30, beat_interval=5, lost_after=20, return_patience=60, inputs_grace=60)
+        )
         self.workers = {name: Worker() for name in WORKERS}
         self.jobs: dict[str, tuple[str, JobSpec, str]] = {}
         self.final: dict[str, Any] = {}
@@ -58,7 +60,20 @@ class AnyHistory(RuleBasedStateMachine):
     def ask(self, peer: str, request: m.Request, admission: Pass | None = None) -> Any:
         reply = self.history.ask(peer, request, admission)
         self.hear()
+        if isinstance(reply, m.Orders):
+            self.nothing_needed_is_dropped(peer, set(reply.drop))
         return reply
+
+    def nothing_needed_is_dropped(self, peer: str, drop: set[str]) -> None:
+        for task in self.history.schedule.work.tasks.values():
+            who, spec, _ = self.jobs.get(task.job, (None, None, None))
+            if spec is not None and task.state not in FINAL:
+                assert not drop & {spec.disk, spec.inputs}, "a job under way needs it"
+            if task.outcome is not None and task.outcome.result is not None:
+                if task.state == "returning":
+                    assert task.tree.datum not in drop, "a result was not collected yet"
+                elif task.state in FINAL:
+                    assert who != peer or task.tree.datum not in drop, "it is the submitter's"
 
     def hear(self) -> None:
         """Workers learn of the grants that came to pulls that waited."""
@@ -78,11 +93,15 @@ class AnyHistory(RuleBasedStateMachine):
         disk=st.sampled_from(DISKS),
         size=st.integers(1, 4),
         needs=st.sampled_from(((), ("root",))),
+        has_inputs=st.booleans(),
         key=st.integers(0, 3),
         retries=st.integers(0, 1),
     )
-    def submit(self, who, disk, size, needs, key, retries):
-        spec = JobSpec(cid(who + disk), array=tuple(range(size)), needs=needs, retries=retries)
+    def submit(self, who, disk, size, needs, has_inputs, key, retries):
+        inputs = cid(f"{who} inputs") if has_inputs else None
+        if inputs is not None:
+            self.ask(who, m.Put(m.DatumRecord(inputs, "tree", wire_bytes=10)))
+        spec = JobSpec(cid(who + disk), inputs, array=tuple(range(size)), needs=needs, retries=retries)
         reply = self.ask(who, m.Submit(spec, f"key{key}"))
         known = next((j for j, (w, _, k) in self.jobs.items() if (w, k) == (who, f"key{key}")), None)
         if known is None:
@@ -93,11 +112,14 @@ class AnyHistory(RuleBasedStateMachine):
         else:
             assert reply.code == "Conflict"
 
-    @rule(name=names, root=st.booleans(), patience=st.sampled_from((0, 5, 20)))
-    def pull(self, name, root, patience):
+    @rule(name=names, root=st.booleans(), cut=st.booleans(), patience=st.sampled_from((0, 5, 20)))
+    def pull(self, name, root, patience, cut=False):
+        """A worker beats, now and then not with all it holds, and asks for a task."""
         worker = self.workers[name]
-        self.ask(name, m.Beat(tuple(sorted(worker.holds)), total=ROOM, free=ROOM,
-                              shares=("root",) if root else ()))  # fmt: skip
+        holds = sorted(worker.holds)[: 1 if cut else None]
+        partial = tuple(m.Holding(cid(f"{who} inputs"), 5) for who in SUBMITTERS)
+        self.ask(name, m.Beat(tuple(holds), partial, total=ROOM, free=ROOM,
+                              shares=("root",) if root else (), cut=cut))  # fmt: skip
         worker.pulls.append(self.history.call(name, m.Pull(ROOM, tuple(worker.leases), patience)))
         self.hear()
 
@@ -155,7 +177,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.tell(name, task, epoch, 0, False)
 
     def tell(self, name: str, task: str, epoch: int, exit_: int, retry: bool) -> None:
-        result = tree(f"{name} {task} {epoch}")
+        result = tree(f"{name} {task} {epoch}" if exit_ else "the same")
         outcome = Outcome(exit_, "off", None if retry else result, retry=retry)
         self.workers[name].holds.add(result.datum)
         reply = self.ask(name, m.Report(task, epoch, outcome))
@@ -178,7 +200,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule(who=st.sampled_from(SUBMITTERS))
     def collect(self, who):
-        orders = self.ask(who, m.Beat())
+        orders = self.ask(who, m.Beat(partial=(m.Holding(tree("the same").datum, 5),)))
         for wanted in orders.hold:
             assert self.jobs[wanted.task.split(".")[0]][0] == who
             assert self.reports[wanted.task, wanted.epoch].result.datum == wanted.datum
@@ -189,6 +211,16 @@ class AnyHistory(RuleBasedStateMachine):
     def cancel(self, data):
         job = data.draw(st.sampled_from(sorted(self.jobs)))
         self.ask(self.jobs[job][0], m.Cancel(job))
+
+    @rule(who=st.sampled_from(SUBMITTERS))
+    def stay_online(self, who):
+        """A submitter's node beats for a while, and gets no result home."""
+        for _ in range(5):
+            self.history.until(self.history.now + 15)
+            self.hear()
+            for name, worker in self.workers.items():
+                self.ask(name, m.Beat(tuple(sorted(worker.holds)), total=ROOM, free=ROOM))
+            self.ask(who, m.Beat())
 
     @rule(seconds=st.sampled_from((0.5, 6, 21, 31)))
     def wait(self, seconds):
