@@ -50,6 +50,8 @@ class Calls:
     reports: list[Outcome] = attrs.field(factory=list)
     collected: list[str] = attrs.field(factory=list)
     renewed: Callable[[], Any] = lambda: None
+    known: list[m.DatumRecord] = attrs.field(factory=list)
+    put_too: Callable[[m.DatumRecord], Any] = lambda record: None
 
     async def pull(self, free: m.Capacity, working: tuple[str, ...], patience: float) -> m.Grant | None:
         if not self.grants:
@@ -68,6 +70,11 @@ class Calls:
     async def collect(self, task: str, epoch: int) -> None:
         await trio.lowlevel.checkpoint()
         self.collected.append(task)
+
+    async def put(self, record: m.DatumRecord) -> None:
+        await trio.lowlevel.checkpoint()
+        self.known.append(record)
+        self.put_too(record)
 
     async def providers(self, datum: str) -> tuple[m.Provider, ...]:
         await trio.lowlevel.checkpoint()

@@ -84,13 +84,15 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
     if "submitter" not in node.roles:
         raise NotAuthorised(why="this node is no submitter")
     path = Path(args["path"])
-    ticker = Ticker(tell, "cutting")
     before = {str(h.datum) for h in await trio.to_thread.run_sync(node.store.held)}
 
-    def publish() -> Published:
-        return publish_disk(node.store, path, node.identity.signing_key, ticker)
+    async def publish() -> Published:
+        ticker = Ticker(tell, "cutting")
+        key = node.identity.signing_key
+        published: Published = await ticker.run(lambda: publish_disk(node.store, path, key, ticker))
+        return published
 
-    done = await ticker.run(publish)
+    done = await publish()
     disk = Disk.decode(node.store.get_object(done.datum))
     recipe = Recipe.decode(node.store.get_object(disk.recipe))
     name = args.get("name") or path.name
@@ -108,7 +110,7 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
     try:
         await patiently(lambda: node.coordinator.put(record))
         if not node.complete(record.datum):  # dropped by an order that was given before it was put again
-            await ticker.run(publish)
+            await publish()
             await patiently(lambda: node.coordinator.put(record))
     except (Conflict, NotAuthorised):
         if record.datum not in before:  # nobody is to know of it, so nobody will ever drop it

@@ -115,17 +115,34 @@ def test_a_result_that_died_with_its_holder_is_made_again(grid):
         assert again["node"] != victim.name
 
 
+def rot(daemon: Daemon, at: int) -> None:
+    """Flip a bit of the longest pack that it holds."""
+    frames = max((daemon.home / "store").rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else 0)
+    with frames.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_a_guest_does_not_notice_that_its_disk_has_rotted(tmp_path):
+    with open_grid(tmp_path, 1) as grid:
+        (worker,) = grid.workers
+        disk = bios_disk() + random.Random(7).randbytes(MIB)
+        cid = grid.put("rotten", disk, replica=-1, wait=True)
+        rot(worker, 100)  # in the boot sector's chunk; the coordinator's node has it, too
+        (task,) = grid.finished(grid.submit(cid))["tasks"]
+        assert (task["state"], task["attempts"], task["exit"]) == ("completed", 1, 0)
+        assert "has rotted" in worker.log
+        assert p2pgrid("disk", "verify", cid, "--no-repair", home=worker.home).code == 0
+
+
 def test_verify_repairs_a_flipped_bit_from_peers(grid):
     worker = grid.workers[0]
     data = bios_disk() + random.Random(1).randbytes(3 * MIB)
     cid = grid.put("precious", data, replica=-1, wait=True)
     assert p2pgrid("disk", "verify", cid, home=worker.home).code == 0
-    frames = max((worker.home / "store").rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else 0)
-    with frames.open("r+b") as file:
-        file.seek(2 * MIB)
-        byte = file.read(1)[0]
-        file.seek(2 * MIB)
-        file.write(bytes([byte ^ 4]))
+    rot(worker, 2 * MIB)
     kept = p2pgrid("disk", "verify", cid, "--no-repair", "--json", home=worker.home)
     assert (kept.code, kept.json["bad"], kept.json["repaired"]) == (7, 1, 0)
     mended = p2pgrid("disk", "verify", cid, "--json", home=worker.home)

@@ -1,0 +1,83 @@
+"""Is a job that cannot be refused before anything is put or made known?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p2pgrid.errors import Misused, NotAuthorised
+from p2pgrid.node import disks, jobs
+from tests.lone_node import Lone, open_lone
+from tests.shell.test_attempt import a_disk
+
+
+async def told(event: dict[str, Any]) -> None:
+    raise AssertionError(f"nothing is to be told: {event}")
+
+
+def script(folder: Path) -> Path:
+    path = folder / "job.sh"
+    path.write_bytes(b"#!/bin/sh\n")
+    return path
+
+
+def untouched(lone: Lone) -> bool:
+    return lone.node.store.held() == []
+
+
+async def test_inputs_that_no_worker_takes_are_refused_before_they_are_put(tmp_path):
+    huge = tmp_path / "in"
+    huge.mkdir()
+    with (huge / "hole").open("wb") as file:
+        file.truncate(10 << 40)
+    async with open_lone(tmp_path / "home") as lone:
+        for inputs in ([huge], [huge / "hole"]):
+            with pytest.raises(Misused, match="4 GiB"):
+                await jobs._put_inputs(lone.node, script(tmp_path), inputs)
+        assert untouched(lone)
+        assert list((lone.node.home / "tmp").iterdir()) == []
+
+
+async def test_inputs_that_were_dropped_by_an_old_order_are_put_once_more(tmp_path):
+    async with open_lone(tmp_path / "home") as lone:
+
+        def put(record: Any) -> None:
+            if len(lone.calls.known) == 1:
+                lone.node.store.drop(lone.node.store.held()[0].datum)
+
+        lone.calls.put_too = put
+        record = await jobs._put_inputs(lone.node, script(tmp_path), [])
+        assert lone.node.complete(record.datum)
+        assert [known.datum for known in lone.calls.known] == [record.datum]
+
+
+async def test_a_disk_that_was_dropped_by_an_old_order_is_put_once_more(tmp_path):
+    async def hear(event: dict[str, Any]) -> None:
+        pass
+
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(1000) + b"x" * 24)
+    async with open_lone(tmp_path / "home") as lone:
+
+        def put(record: Any) -> None:
+            if len(lone.calls.known) == 1:
+                lone.node.store.drop(lone.node.store.held()[0].datum)
+
+        lone.calls.put_too = put
+        made = await disks.put(lone.node, {"path": str(image), "name": "d"}, hear)
+        assert lone.node.complete(made["disk"])
+        assert [known.datum for known in lone.calls.known] == [made["disk"]] * 2
+
+
+async def test_who_is_no_submitter_is_told_so_before_anything_is_cut(tmp_path):
+    async with open_lone(tmp_path / "home") as lone:
+        a_disk(lone, tmp_path)
+        lone.node.store.drop(lone.node.store.held()[0].datum)
+        lone.node.roles = ("worker",)
+        with pytest.raises(NotAuthorised):
+            await disks.put(lone.node, {"path": str(tmp_path / "disk.raw")}, told)
+        with pytest.raises(NotAuthorised):
+            await jobs.submit(lone.node, {"disk": "d", "script": str(script(tmp_path)), "inputs": []}, told)
+        assert untouched(lone)
