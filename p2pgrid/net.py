@@ -72,6 +72,10 @@ class Index(Protocol):
         """Announce that this node holds the object named by CID bytes `key`."""
         ...
 
+    async def withdraw(self, key: bytes) -> None:
+        """Announce `key` no more; what others remember of it may take long to fade."""
+        ...
+
     async def find(self, key: bytes, most: int = 20) -> list[PeerId]:
         """Peers that announced `key`; the network has learned their addresses."""
         ...

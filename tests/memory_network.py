@@ -67,6 +67,10 @@ class MemoryIndex:
         await trio.lowlevel.checkpoint()
         self._node.world.records.setdefault(key, {})[self._node.me] = None
 
+    async def withdraw(self, key: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self._node.world.records.get(key, {}).pop(self._node.me, None)
+
     async def find(self, key: bytes, most: int = 20) -> list[PeerId]:
         await trio.lowlevel.checkpoint()
         found = [peer for peer in self._node.world.records.get(key, ()) if peer != self._node.me][:most]

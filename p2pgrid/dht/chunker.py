@@ -6,7 +6,7 @@ disk in any container has the same chunks (`docs/decisions/0002-chunks.md`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from p2pgrid.dht.manifest import CHUNK_SIZE
 
@@ -32,16 +32,3 @@ def length_at(size: int, position: int) -> int:
 def is_zero(plain: bytes | memoryview) -> bool:
     """Whether `plain` (at most a chunk) is all zero; a comparison stops at the first difference."""
     return plain == (_ZEROS if len(plain) == CHUNK_SIZE else _ZEROS[: len(plain)])
-
-
-def runs(names: Sequence[bytes | None], size: int) -> Iterator[tuple[int, int]]:
-    """The stretches (offset, length) of a space of `size` bytes that are not holes."""
-    start: int | None = None
-    for position, name in enumerate(names):
-        if name is not None and start is None:
-            start = position
-        elif name is None and start is not None:
-            yield start * CHUNK_SIZE, (position - start) * CHUNK_SIZE
-            start = None
-    if start is not None:
-        yield start * CHUNK_SIZE, size - start * CHUNK_SIZE

@@ -37,6 +37,7 @@ from nacl.signing import SigningKey, VerifyKey
 
 from p2pgrid.dht.dagcbor import OBJECT_MAX as OBJECT_MAX
 from p2pgrid.dht.dagcbor import bounded, decode, encode, need, take
+from p2pgrid.dht.places import Places
 from p2pgrid.errors import BadObject
 from p2pgrid.ids import DIGEST_SIZE, Cid, object_cid
 
@@ -102,21 +103,27 @@ def encode_page(names: Sequence[bytes | None]) -> bytes | None:
     )
 
 
-def decode_page(data: bytes, positions: int) -> Names:
-    """The names of a page that must tell exactly `positions` positions."""
+def page_runs(data: bytes, positions: int) -> Iterator[int | list[bytes]]:
+    """The runs of a page that must tell exactly `positions` positions: so many holes, or names."""
     runs, packed = take(decode(data), "page", "runs", "names")
     need(isinstance(runs, list) and isinstance(packed, bytes), "page")
     runs = [bounded(r, PAGE_SPAN, "run") for r in runs]
     need(sum(runs) == positions and sum(runs[1::2]) * DIGEST_SIZE == len(packed), "runs")
     need(all(r > 0 for r in runs[1:]) and len(runs) > 1, "an empty run")
-    names: Names = []
     at = 0
     for i, run in enumerate(runs):
         if i % 2 == 0:
-            names += [None] * run
+            yield run
         else:
-            names += [packed[j : j + DIGEST_SIZE] for j in range(at, at + run * DIGEST_SIZE, DIGEST_SIZE)]
+            yield [packed[j : j + DIGEST_SIZE] for j in range(at, at + run * DIGEST_SIZE, DIGEST_SIZE)]
             at += run * DIGEST_SIZE
+
+
+def decode_page(data: bytes, positions: int) -> Names:
+    """The names of a page, position by position."""
+    names: Names = []
+    for run in page_runs(data, positions):
+        names += [None] * run if isinstance(run, int) else run
     return names
 
 
@@ -126,23 +133,26 @@ class Layout:
 
     cid: Cid
     content: Content
-    names: Names
+    names: Places
     frames: tuple[bytes, ...]
     """Distinct names; a chunk's index is its place here."""
     index: dict[bytes, int]
     """Name to index."""
 
     @classmethod
-    def of(cls, cid: Cid, content: Content, names: Names) -> Layout:
-        index: dict[bytes, int] = {}
-        for name in names:
-            if name is not None:
-                index.setdefault(name, len(index))
-        return cls(cid, content, names, tuple(index), index)
+    def of(cls, cid: Cid, content: Content, names: Iterable[bytes | None]) -> Layout:
+        places = names if isinstance(names, Places) else Places(names)
+        return cls(cid, content, places, tuple(places.by_name), places.by_name)
 
     @property
     def holes(self) -> int:
-        return self.names.count(None)
+        return self.names.holes
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The stretches (offset, length) of the guest's space that are not holes."""
+        size, chunk_size = self.content.size, self.content.chunk_size
+        for first, count in self.names.runs():
+            yield first * chunk_size, min(count * chunk_size, size - first * chunk_size)
 
     def length_at(self, position: int) -> int:
         """Plain bytes of the chunk at `position` (the last one may be short)."""
@@ -152,11 +162,15 @@ class Layout:
 def read_layout(cid: Cid, get: Callable[[Cid], bytes]) -> Layout:
     """Read a content and its pages through `get` (which has verified names)."""
     content = Content.decode(get(cid))
-    names: Names = []
+    names = Places()
     left = content.positions
     for page in content.pages:
         span = min(PAGE_SPAN, left)
-        names += [None] * span if page is None else decode_page(get(page), span)
+        for run in page_runs(get(page), span) if page is not None else (span,):
+            if isinstance(run, int):
+                names.skip(run)
+            else:
+                names.extend(run)
         left -= span
     return Layout.of(cid, content, names)
 

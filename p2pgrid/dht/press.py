@@ -45,6 +45,8 @@ BATCH = 16
 AHEAD = 3
 """Batches under way: one for each thread, and one so that none waits."""
 THREADS = 2
+SHORT = 1000
+"""Frames of a pack that is looked through by one table with all short ones."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all; what it raises ends the work, and leaves nothing."""
@@ -130,7 +132,10 @@ class _Sheet:
         self._digests: list[bytes] = []
         self._offset = 0
         self._open_places: list[tuple[int, _Old]] = []
-        self._own = _shelves_of(store, key)
+        own = _shelves_of(store, key)
+        self._long = [shelf for shelf in own if len(shelf.layout.frames) > SHORT]
+        # A node holds thousands of result trees: to ask each of them for every chunk would be slow.
+        self._short = {name: s for s in own if len(s.layout.frames) <= SHORT for name in s.layout.frames}
         with explained(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
@@ -152,7 +157,8 @@ class _Sheet:
         return fresh
 
     def _old(self, name: bytes) -> _Old | None:
-        for shelf in self._own:
+        short = self._short.get(name)
+        for shelf in self._long if short is None else (short, *self._long):
             index = shelf.layout.index.get(name)
             if index is not None and shelf.holds(index):
                 return _Old(shelf, index)
@@ -207,8 +213,4 @@ class _Sheet:
 def _shelves_of(store: Store, key: SigningKey) -> list[Shelf]:
     """Packs here that `key` signed."""
     me = bytes(key.verify_key)
-    return [
-        shelf
-        for shelf in store.shelves()
-        if shelf.count and Pack.decode(store.get_object(shelf.pack)).signer == me
-    ]
+    return [shelf for shelf in store.shelves() if shelf.count and shelf.signer == me]

@@ -11,12 +11,12 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
 
-from p2pgrid.dht.chunker import is_zero, runs
+from p2pgrid.dht.chunker import is_zero
 from p2pgrid.dht.files import explained, sync_folder, write_all
 from p2pgrid.dht.image import write_image
 from p2pgrid.dht.manifest import (
@@ -96,6 +96,11 @@ def _rebuild(
     store: Store, recipe: Recipe, shelf: Shelf, fd: int, part: Path, progress: Progress | None
 ) -> None:
     """Follow the recipe; zeros are left out, so the file is as sparse as it can be."""
+
+    def at_file(at: int) -> None:
+        if progress is not None:
+            progress(at, recipe.size)
+
     at = 0
     for page in recipe.pages:
         for segment in decode_segments(store.get_object(page)):
@@ -105,36 +110,43 @@ def _rebuild(
             with explained(part, recipe.size):
                 match segment:
                     case Guest(offset, _):
-                        _copy(shelf, offset, length, fd, at)
+                        _copy(shelf, offset, length, fd, at, at_file)
                     case Literal(data):
                         write_all(fd, data, at)
                     case Zeros():
                         pass
             at += length
-            if progress is not None:
-                progress(at, recipe.size)
+            at_file(at)
     if at != recipe.size:
         raise BadObject(why="a recipe shorter than its file")
     with explained(part, recipe.size):
         os.ftruncate(fd, recipe.size)
 
 
-def _copy(shelf: Shelf, offset: int, length: int, fd: int, at: int) -> None:
-    """Guest bytes to `at` of the file, a chunk at a time, without those that are zero."""
+def _copy(shelf: Shelf, offset: int, length: int, fd: int, at: int, told: Callable[[int], None]) -> None:
+    """Guest bytes to `at` of the file, a chunk at a time, without those that are zero.
+
+    `told` is called with where the file has got to, after each chunk.
+    """
     if offset + length > shelf.layout.content.size:
         raise BadObject(why="a recipe that reads past the end of its content")
-    while length:
-        count = min(length, CHUNK_SIZE - offset % CHUNK_SIZE)
-        if shelf.layout.names[offset // CHUNK_SIZE] is not None:
+    names = shelf.layout.names
+    end, ahead = offset + length, at - offset
+    while offset < end:
+        chunk = names.next_chunk(offset // CHUNK_SIZE) * CHUNK_SIZE
+        if chunk > offset:  # a hole, however long
+            offset = min(end, chunk)
+        else:
+            count = min(end - offset, CHUNK_SIZE - offset % CHUNK_SIZE)
             plain = shelf.read(offset, count)
             if not is_zero(plain):
-                write_all(fd, plain, at)
-        offset, at, length = offset + count, at + count, length - count
+                write_all(fd, plain, offset + ahead)
+            offset += count
+        told(offset + ahead)
 
 
 def _write_fresh(form: str, shelf: Shelf, fd: int, progress: Progress | None) -> None:
-    layout = shelf.layout
-    size = layout.content.size
+    size = shelf.layout.content.size
 
     def read(offset: int, length: int) -> bytes:
         data = shelf.read(offset, length)
@@ -143,13 +155,15 @@ def _write_fresh(form: str, shelf: Shelf, fd: int, progress: Progress | None) ->
         return data
 
     with os.fdopen(os.dup(fd), "w+b") as file:
-        write_image(form, size, runs(layout.names, size), read, file)
+        write_image(form, size, shelf.layout.extents(), read, file)
 
 
 # --- trees -----------------------------------------------------------------------------
 
 
-def restore_tree(store: Store, tree: Cid, folder: Path, most: int | None = None) -> Tree:
+def restore_tree(
+    store: Store, tree: Cid, folder: Path, most: int | None = None, progress: Progress | None = None
+) -> Tree:
     """Write the files of `tree` into `folder`, which is made; `most` bounds their bytes.
 
     Raises `Conflict` when `folder` holds something, `Refused` above a bound, `BadObject` for
@@ -167,7 +181,7 @@ def restore_tree(store: Store, tree: Cid, folder: Path, most: int | None = None)
         fresh.mkdir(mode=0o755)
     try:
         with explained(folder, size):
-            _write_files(shelf, about.files, fresh)
+            _write_files(shelf, about.files, fresh, lambda at: progress(at, size) if progress else None)
         _take_place(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -182,13 +196,13 @@ def _take_place(fresh: Path, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def _write_files(shelf: Shelf, files: tuple[File, ...], fresh: Path) -> None:
+def _write_files(shelf: Shelf, files: tuple[File, ...], fresh: Path, told: Callable[[int], None]) -> None:
     root = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         offset = 0
         for file in files:
             try:
-                _write_file(root, file, shelf, offset)
+                _write_file(root, file, shelf, offset, told)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
                 raise BadObject(why=f"a file that cannot stand beside the others: {file.path!r}") from None
             offset += file.size
@@ -196,7 +210,7 @@ def _write_files(shelf: Shelf, files: tuple[File, ...], fresh: Path) -> None:
         os.close(root)
 
 
-def _write_file(root: int, file: File, shelf: Shelf, offset: int) -> None:
+def _write_file(root: int, file: File, shelf: Shelf, offset: int, told: Callable[[int], None]) -> None:
     """One file below the folder `root`; each step down is opened without following links."""
     *parents, name = file.path.split("/")
     with contextlib.ExitStack() as descriptors:
@@ -212,5 +226,5 @@ def _write_file(root: int, file: File, shelf: Shelf, offset: int) -> None:
         fd = os.open(name, flags, 0o600, dir_fd=folder)
         descriptors.callback(os.close, fd)
         os.ftruncate(fd, file.size)
-        _copy(shelf, offset, file.size, fd, 0)
+        _copy(shelf, offset, file.size, fd, 0, lambda at: told(offset + at))
         os.fchmod(fd, 0o755 if file.executable else 0o644)

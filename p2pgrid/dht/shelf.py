@@ -41,11 +41,12 @@ CACHE_CHUNKS = 64
 class Shelf:
     """One pack's frames.  Thread-safe; `Store` makes and closes it."""
 
-    def __init__(self, folder: Path, pack: Cid, layout: Layout, frames: Frames) -> None:
+    def __init__(self, folder: Path, pack: Cid, layout: Layout, frames: Frames, signer: bytes) -> None:
         assert len(layout.frames) == len(frames.lengths)
         self.pack = pack
         self.layout = layout
         self.frames = frames
+        self.signer = signer
         self.local_bytes = 0
         """Bytes of frames copied from other packs of this store instead of being fetched."""
         self._folder = folder
@@ -184,13 +185,13 @@ class Shelf:
         while length:
             position, start = divmod(offset, CHUNK_SIZE)
             count = min(length, CHUNK_SIZE - start)
-            name = self.layout.names[position]
-            if name is None:
+            index = self.layout.names.index_at(position)
+            if index is None:
                 parts.append(bytes(count))
             else:
-                plain = self._chunk(self.layout.index[name])
+                plain = self._chunk(index)
                 if len(plain) != length_at(size, position):
-                    self._convict(self.layout.index[name])
+                    self._convict(index)
                 parts.append(plain if count == len(plain) else plain[start : start + count])
             offset += count
             length -= count
@@ -198,8 +199,7 @@ class Shelf:
 
     def index_at(self, offset: int) -> int | None:
         """The index of the chunk that tells guest byte `offset`; None in a hole."""
-        name = self.layout.names[offset // CHUNK_SIZE]
-        return None if name is None else self.layout.index[name]
+        return self.layout.names.index_at(offset // CHUNK_SIZE)
 
     def _chunk(self, index: int) -> bytes:
         with self._plain_lock:

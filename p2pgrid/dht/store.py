@@ -22,14 +22,15 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import attrs
 
-from p2pgrid.dht.files import explained, free, opened, replace, sync_folder
+from p2pgrid.dht.files import explained, opened, replace, sync_folder
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     Content,
@@ -42,6 +43,7 @@ from p2pgrid.dht.manifest import (
     read_layout,
 )
 from p2pgrid.dht.objects import Objects
+from p2pgrid.dht.room import Room
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import (
     BadObject,
@@ -53,6 +55,8 @@ from p2pgrid.errors import (
     VerificationFailed,
 )
 from p2pgrid.ids import Cid
+
+T = TypeVar("T")
 
 MIN_FREE = 1 << 30
 """Bytes that the store leaves free on its file system, quota or not."""
@@ -78,7 +82,7 @@ class Store:
     """Objects and packs under `root`; closed by `close` or by leaving `with`."""
 
     def __init__(self, root: Path, quota: int | None = None, min_free: int = MIN_FREE) -> None:
-        """Open or make the store.  `quota` bounds the bytes of all packs, begun ones in full.
+        """Open or make the store.  `quota` bounds the bytes of all packs, begun ones in full, and objects.
 
         Raises `Misconfigured` when another process has it open.
         """
@@ -91,10 +95,14 @@ class Store:
         for folder in (root, root / "objects", self._packs, self._datums, self._tmp):
             with explained(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-        self._objects = Objects(root / "objects", self._tmp)
-        self._begun: dict[Cid, Cid] = {}  # datum to pack
+        self._room = Room(root, quota, min_free)
+        self._begun: dict[Cid, Cid] = {}
+        """Datum to pack."""
+        self._users: Counter[Cid] = Counter()
+        """How many data began each pack."""
         self._lock_fd = _locked(root / "lock")
         try:
+            self._objects = Objects(root / "objects", self._tmp, self._room)
             self._sweep()
         except BaseException:
             os.close(self._lock_fd)
@@ -130,8 +138,11 @@ class Store:
     # --- objects (`objects.py`) --------------------------------------------------------
 
     def put_object(self, data: bytes) -> Cid:
-        """Keep an object under its name, which the caller compares with what it wanted."""
-        return self._objects.put(data)
+        """Keep an object under its name, which the caller compares with what it wanted.
+
+        It counts like a pack from now on: `NoSpace` above the quota or when the disk is too full.
+        """
+        return self._relieved(lambda: self._objects.put(data))
 
     def get_object(self, cid: Cid) -> bytes:
         """The object's bytes, verified.  Raises `NotFound`; one that has rotted is removed."""
@@ -144,9 +155,14 @@ class Store:
         """Objects that `datum` needs and that are not here, as far as those here can tell.
 
         Fetch them and ask again; empty means that `begin` will find them all.  Raises
-        `BadObject` when an object is not what its place in the datum promises.
+        `BadObject` when an object is not what its place in the datum promises, or lists more
+        than the datum's size justifies.
         """
         return self._objects.missing(datum)
+
+    def abandon(self, datum: Cid) -> None:
+        """Its fetch was given up for good: its objects go as soon as others need their room."""
+        self._objects.abandon(datum)
 
     # --- packs ------------------------------------------------------------------------
 
@@ -161,7 +177,7 @@ class Store:
             raise NotFound(what=f"object {missing[0]} of {datum}")
         top = decode_datum(self.get_object(datum))
         pack = top.pack or datum
-        layout, frames = self._read_pack(pack)
+        layout, frames, signer = self._read_pack(pack)
         if top.content is not None and layout.cid != top.content:
             raise BadObject(why="the pack is of another content than its datum")
         if isinstance(top, Tree) and sum(f.size for f in top.files) != layout.content.size:
@@ -169,11 +185,9 @@ class Store:
         with self._lock:
             shelf = self.shelf(pack)
             if shelf is None:
-                self.check_room(sum(frames.lengths))
                 with self.staging() as staged:
-                    Shelf.create(staged, frames, full=False)
-                    self._install(staged, pack)
-                shelf = self._shelves[pack] = Shelf(self._packs / str(pack), pack, layout, frames)
+                    self._install(staged, pack, frames, full=False)
+                shelf = self._shelves[pack] = Shelf(self._packs / str(pack), pack, layout, frames, signer)
             self._mark(datum, pack)
         if not shelf.complete and not shelf.convicted:
             self._share(shelf)
@@ -194,7 +208,7 @@ class Store:
     def shelves(self) -> list[Shelf]:
         """All packs that are here, in part or whole."""
         with self._lock:
-            packs = sorted(set(self._begun.values()), key=str)
+            packs = list(self._users)
         return [shelf for shelf in map(self.shelf, packs) if shelf is not None]
 
     def held(self) -> list[Held]:
@@ -210,6 +224,13 @@ class Store:
                 found.append(held)
         return found
 
+    def complete(self, datum: Cid) -> bool:
+        """Whether every chunk of `datum` is here; looks at nothing else."""
+        with self._lock:
+            pack = self._begun.get(datum)
+        shelf = self.shelf(pack) if pack is not None and self._objects.here(datum) else None
+        return shelf is not None and shelf.complete
+
     def drop(self, datum: Cid) -> None:
         """Forget `datum`, and remove what no other datum here needs.  Raises `NotFound`."""
         with self._lock:
@@ -218,27 +239,19 @@ class Store:
                 raise NotFound(what=f"datum {datum}")
             (self._datums / str(datum)).unlink(missing_ok=True)
             sync_folder(self._datums)
-            needed = {cid for other in self._begun for cid in self._kin(other)}
-            self._objects.remove(self._kin(datum) - needed)
-            if pack not in self._begun.values():
-                self._shelves.pop(pack, None)
-                self._remove_pack(pack)
+            self._objects.release(datum)
+            self._users[pack] -= 1
+            doomed = self._doom(pack) if not self._users[pack] else None
+        if doomed is not None:
+            shutil.rmtree(doomed, ignore_errors=True)  # long for a long file: nobody waits for it
 
     def used(self) -> int:
-        """Bytes that count for the quota: all packs, begun ones in full."""
-        return sum(size for size, _ in self._sizes())
+        """Bytes that count for the quota: all packs, begun ones in full, and all objects."""
+        return self._room.used
 
     def check_room(self, wanted: int, written: int = 0) -> None:
         """Raise `NoSpace` unless a pack of `wanted` bytes may be begun, `written` of them in `staging`."""
-        sizes = list(self._sizes())
-        if self.quota is not None:
-            left = self.quota - sum(size for size, _ in sizes)
-            if wanted > left:
-                raise NoSpace(wanted=wanted, free=max(left, 0), where=f"the quota of {self.root}")
-        promised = sum(max(size - written, 0) for size, written in sizes)
-        left = free(self.root) - self.min_free - promised
-        if wanted - written > left:
-            raise NoSpace(wanted=wanted - written, free=max(left, 0), where=str(self.root))
+        self._relieved(lambda: self._room.check(wanted, written))
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
@@ -258,7 +271,7 @@ class Store:
         """
         top = decode_datum(self.get_object(datum))
         pack = top.pack or datum
-        layout, frames = self._read_pack(pack)
+        layout, frames, signer = self._read_pack(pack)
         with self._lock:
             shelf = self.shelf(pack)
             if shelf is not None and staged is not None and not shelf.complete:
@@ -266,17 +279,24 @@ class Store:
             elif shelf is None:
                 if staged is None:
                     raise Temporary(why=f"{datum} was dropped while it was put again")
-                self.check_room(sum(frames.lengths), sum(frames.lengths))
-                Shelf.create(staged, frames, full=True)
-                self._install(staged, pack)
-                shelf = self._shelves[pack] = Shelf(self._packs / str(pack), pack, layout, frames)
+                self._install(staged, pack, frames, full=True)
+                shelf = self._shelves[pack] = Shelf(self._packs / str(pack), pack, layout, frames, signer)
             self._mark(datum, pack)
             return shelf
 
     # --- inside -----------------------------------------------------------------------
 
-    def _read_pack(self, cid: Cid) -> tuple[Layout, Frames]:
-        """A pack's content and frames; an empty tree stands for its own empty pack."""
+    def _relieved(self, take: Callable[[], T]) -> T:
+        """Do what takes room; where it is short, without the objects that nobody wants any more."""
+        try:
+            return take()
+        except NoSpace:
+            if not self._objects.remove_stale():
+                raise
+            return take()
+
+    def _read_pack(self, cid: Cid) -> tuple[Layout, Frames, bytes]:
+        """A pack's content, frames and signer; an empty tree stands for its own empty pack."""
         data = self.get_object(cid)
         try:
             pack = Pack.decode(data)
@@ -284,11 +304,11 @@ class Store:
             tree = Tree.decode(data)
             if tree.pack is not None:
                 raise
-            return Layout.of(cid, Content(0, CHUNK_SIZE, ()), []), Frames((), ())
+            return Layout.of(cid, Content(0, CHUNK_SIZE, ()), []), Frames((), ()), tree.signer
         layout, frames = read_layout(pack.content, self.get_object), read_frames(pack, self.get_object)
         if len(layout.frames) != len(frames.lengths):
             raise BadObject(why="a pack with another number of frames than its content has chunks")
-        return layout, frames
+        return layout, frames, pack.signer
 
     def _share(self, shelf: Shelf) -> None:
         """Copy frames that other packs here hold, each checked as it leaves."""
@@ -312,37 +332,45 @@ class Store:
                     shelf.put_frame(index, os.pread(fd, length, at))
                 at += length
 
-    def _install(self, staged: Path, pack: Cid) -> None:
-        with explained(staged):
-            os.rename(staged, self._packs / str(pack))
+    def _install(self, staged: Path, pack: Cid, frames: Frames, *, full: bool) -> None:
+        """Take room for the pack and lay it out; where it is `full`, its frames lie in `staged`."""
+        size, folder = sum(frames.lengths), self._packs / str(pack)
+        written = size if full else 0
+        self._relieved(lambda: self._room.take_pack(pack, folder / "frames", size, written))
+        try:
+            Shelf.create(staged, frames, full=full)
+            with explained(staged):
+                os.rename(staged, folder)
+        except BaseException:
+            self._room.forget_pack(pack)
+            raise
         sync_folder(self._packs)
 
     def _mark(self, datum: Cid, pack: Cid) -> None:
         """Write the datum's marker, once everything that it needs is sure to be on disk."""
-        self._objects.settle(self._kin(datum))
+        family = self._kin(datum)
+        self._objects.settle(family)
         if datum not in self._begun:
             replace(self._datums / str(datum), str(pack).encode(), self._tmp)
             sync_folder(self._datums)
             self._begun[datum] = pack
+            self._users[pack] += 1
+        self._objects.hold(datum, family)
 
-    def _kin(self, datum: Cid) -> set[Cid]:
+    def _kin(self, datum: Cid) -> list[Cid]:
         with contextlib.suppress(BadObject):
-            return set(self._objects.family(datum))
-        return set()
+            return self._objects.family(datum)
+        return []
 
-    def _sizes(self) -> Iterator[tuple[int, int]]:
-        """Of each pack: its bytes when whole, and those written."""
-        for folder in self._packs.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                about = (folder / "frames").stat()
-                yield about.st_size, about.st_blocks * 512
-
-    def _remove_pack(self, pack: Cid) -> None:
-        """Away under its name first, so that a crash leaves no half of it."""
+    def _doom(self, pack: Cid) -> Path:
+        """Forget a pack; away under its name first, so that a crash leaves no half of it."""
         doomed = self._tmp / secrets.token_hex(8)
+        del self._users[pack]
+        self._shelves.pop(pack, None)
+        self._room.forget_pack(pack)
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._packs / str(pack), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        return doomed
 
     def _sweep(self) -> None:
         """Read the markers, and remove what a crash left and what no datum needs."""
@@ -353,16 +381,25 @@ class Store:
                 self._begun[Cid.parse(marker.name)] = Cid.parse(marker.read_text())
             except (BadObject, UnicodeDecodeError):
                 _remove(marker)
-        packs = {str(pack) for pack in self._begun.values()}
+        self._users.update(self._begun.values())
+        packs = {str(pack): pack for pack in self._users}
         for folder in self._packs.iterdir():
             if folder.name not in packs:
                 _remove(folder)
+                continue
             for left in folder.glob("*.tmp"):
                 _remove(left)
-        needed = {cid for datum in self._begun for cid in self._kin(datum)}
+            with contextlib.suppress(FileNotFoundError):
+                frames = folder / "frames"
+                self._room.count_pack(packs[folder.name], frames, frames.stat().st_size)
+        whole = True
+        for datum in self._begun:
+            family = self._kin(datum)
+            self._objects.hold(datum, family)
+            whole = whole and all(map(self._objects.here, family))
         # Where one has rotted, its siblings cannot be told from orphans, and will be wanted again.
-        if all(self._objects.here(cid) for cid in needed):
-            self._objects.keep_only(needed)
+        if whole:
+            self._objects.remove_stale()
 
 
 def _locked(path: Path) -> int:

@@ -61,12 +61,17 @@ class Exchange:
             return dict(self._served)
 
     async def fetch(
-        self, datum: Cid, peers: Iterable[PeerId] = (), progress: Callable[[Progress], None] | None = None
+        self,
+        datum: Cid,
+        peers: Iterable[PeerId] = (),
+        progress: Callable[[Progress], None] | None = None,
+        most: int | None = None,
     ) -> Fetched:
         """Complete `datum` from `peers` and whoever else has it; returns when it is complete.
 
         The caller bounds the time; cancelled, it leaves what came for the next fetch.  Two
-        fetches of one datum share the work.  Raises `BadObject`, `VerificationFailed`, `NoSpace`.
+        fetches of one datum share the work.  Raises `BadObject`, `VerificationFailed`, `NoSpace`,
+        and `Refused` for a content of more than `most` bytes, before anything else of it is fetched.
         """
         while datum in self._downloads:
             download, done = self._downloads[datum]
@@ -74,7 +79,7 @@ class Exchange:
             with _listening(download, progress):
                 await done.wait()
             # It completed, then the next one finds everything here; or it was cancelled, and we go on.
-        download, done = Download(datum, self, self._rng), trio.Event()
+        download, done = Download(datum, self, self._rng, most), trio.Event()
         download.company.hint(peers)
         self._downloads[datum] = download, done
         try:

@@ -23,11 +23,11 @@ from typing import Protocol
 import attrs
 import trio
 
-from p2pgrid.dht.manifest import decode_datum
+from p2pgrid.dht.manifest import Content, decode_datum
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
 from p2pgrid.drive import drive
-from p2pgrid.errors import BadObject, GridError, WorldError
+from p2pgrid.errors import BadObject, GridError, NotFound, Refused, WorldError
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.machine import Tick
 from p2pgrid.transfer.company import SEARCH, Company, Searching
@@ -109,8 +109,9 @@ class Peering(Searching, Protocol):
 class Download:
     """One datum being completed; a `Wanter`.  Run it once."""
 
-    def __init__(self, datum: Cid, peering: Peering, rng: random.Random) -> None:
+    def __init__(self, datum: Cid, peering: Peering, rng: random.Random, most: int | None) -> None:
         self.datum = datum
+        self._most = most
         self.pack: Cid | None = None
         self.listeners: list[Callable[[Progress], None]] = []
         self._peering = peering
@@ -158,6 +159,7 @@ class Download:
         finally:
             self.company.dismiss()
         if self._failure is not None:
+            await trio.to_thread.run_sync(self._store.abandon, self.datum)
             raise self._failure
         self._tell_listeners()
         return Fetched(
@@ -165,7 +167,7 @@ class Download:
         )
 
     async def _all_here(self) -> bool:
-        if await trio.to_thread.run_sync(self._store.missing_objects, self.datum):
+        if await trio.to_thread.run_sync(self._missing):
             return False
         await self._begin()
         assert self._shelf is not None
@@ -173,10 +175,21 @@ class Download:
 
     async def _objects(self) -> None:
         limit = trio.CapacityLimiter(OBJECTS_AT_ONCE)
-        while missing := await trio.to_thread.run_sync(self._store.missing_objects, self.datum):
+        while missing := await trio.to_thread.run_sync(self._missing):
             async with trio.open_nursery() as nursery:
                 for cid in missing:
                     nursery.start_soon(self._object, cid, limit)
+
+    def _missing(self) -> list[Cid]:
+        """The objects to ask for next.  Raises `Refused` as soon as the size is known and too large."""
+        missing = self._store.missing_objects(self.datum)
+        if self._most is not None:
+            with contextlib.suppress(NotFound):
+                top = decode_datum(self._store.get_object(self.datum))
+                size = Content.decode(self._store.get_object(top.content)).size if top.content else 0
+                if size > self._most:
+                    raise Refused(why=f"{self.datum} is {size} bytes; {self._most} are allowed here")
+        return missing
 
     async def _object(self, cid: Cid, limit: trio.CapacityLimiter) -> None:
         tried: set[Session] = set()

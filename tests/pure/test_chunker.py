@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pgrid.dht.chunker import is_zero, length_at, positions, runs
+from p2pgrid.dht.chunker import is_zero, length_at, positions
 from p2pgrid.dht.manifest import CHUNK_SIZE
 
 
@@ -23,14 +23,6 @@ def test_positions_are_those_that_extents_touch(space):
     touched = {p for a, n in extents for p in range(a // CHUNK_SIZE, (a + n - 1) // CHUNK_SIZE + 1)}
     assert list(positions(size, extents)) == sorted(touched)
     assert all(0 < length_at(size, p) <= CHUNK_SIZE for p in touched)
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, CHUNK_SIZE))
-def test_runs_are_the_positions_again(held, tail):
-    size = (len(held) - 1) * CHUNK_SIZE + tail
-    found = list(runs([b"x" if h else None for h in held], size))
-    assert list(positions(size, found)) == [i for i, h in enumerate(held) if h]
-    assert sum(n for _, n in found) == sum(length_at(size, i) for i, h in enumerate(held) if h)
 
 
 @given(st.sampled_from([1, 2, 511, CHUNK_SIZE - 1, CHUNK_SIZE]), st.data())

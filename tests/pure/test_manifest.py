@@ -285,7 +285,7 @@ def test_a_content_of_many_pages_comes_back(data):
     content = Content(size, CHUNK_SIZE, pages)
     cid = put(content.encode())
     layout = read_layout(cid, shelf.__getitem__)
-    assert layout.names == names
+    assert list(layout.names) == names
     assert list(layout.frames) == list(dict.fromkeys(n for n in names if n))
     assert layout.holes == names.count(None)
     assert sum(layout.length_at(p) for p in range(count)) == size

@@ -84,8 +84,8 @@ def test_writing_gives_the_bytes_on_the_page():
 def test_reading_gives_what_the_page_says():
     disk = Disk.decode(OBJECTS[link("disk")])
     layout = read_layout(disk.content, OBJECTS.__getitem__)
-    assert layout.names == [digest(FIRST), None, digest(LAST)]
-    assert layout.names == decode_page(OBJECTS[link("page")], 3)
+    assert list(layout.names) == [digest(FIRST), None, digest(LAST)]
+    assert list(layout.names) == decode_page(OBJECTS[link("page")], 3)
     pack = Pack.decode(OBJECTS[disk.pack])
     frames = read_frames(pack, OBJECTS.__getitem__)
     assert frames.digests == tuple(digest(f) for f in FRAMES)

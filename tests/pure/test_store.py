@@ -241,7 +241,12 @@ class StoreHistory(RuleBasedStateMachine):
             assert shelf.complete == (len(have) == len(shelf.frames.lengths))
         held = {(h.datum, h.content, h.pack, h.chunks, h.chunks_total, h.bytes) for h in self.store.held()}
         assert held == {self.expected(DISKS[i]) for i in self.begun}
-        assert self.store.used() == sum(len(f) for p in self.have for f in self.frames_of(p))
+        objects = {data for i in self.begun for data in DISKS[i].objects}
+        frames = [frame for pack in self.have for frame in self.frames_of(pack)]
+        assert self.store.used() == sum(map(len, frames)) + sum(map(len, objects))
+        for index, disk in enumerate(DISKS):
+            whole = index in self.begun and len(self.have[disk.pack]) == len(disk.frames)
+            assert self.store.complete(disk.datum) == whole
 
     def expected(self, disk):
         shelf, have = self.store.shelf(disk.pack), self.have[disk.pack]
