@@ -28,10 +28,9 @@ from p2pgrid.scheduler.events import Answer, Called, Effect, Event, Hung, Rules,
 from p2pgrid.scheduler.facts import Past, Row
 from p2pgrid.scheduler.faults import Faults
 from p2pgrid.scheduler.job import Revoked, Task
+from p2pgrid.scheduler.matching import Matching
 from p2pgrid.scheduler.members import Admission, Members
 from p2pgrid.scheduler.parking import Parked, Parking, Timers
-from p2pgrid.scheduler.pending import Shape, shape_key
-from p2pgrid.scheduler.placement import fits
 from p2pgrid.scheduler.returns import Returns
 from p2pgrid.scheduler.roster import Node, Roster
 from p2pgrid.scheduler.submissions import Submissions
@@ -54,12 +53,11 @@ class Schedule:
         self._errands = Errands(
             self.work, self.roster, self.catalogue, self._faults, self.rules.beat_interval
         )
+        self._matching = Matching(self.work, self.roster, self._errands, self._faults)
         self._submissions = Submissions(self.members, self.work, self.roster, self.catalogue, self._errands,
                                         self._returns, self._rows)  # fmt: skip
         self._parking = Parking()
         self._timers = Timers()
-        self._avoid: dict[str, dict[PeerId, float]] = {}
-        """Workers from which a result of the task did not come home, and until when they do not get it."""
         self._jobs_seen = 0
         self._now = now
         for peer in self.members:
@@ -253,7 +251,7 @@ class Schedule:
         for task in self._returns.overdue(node, queue):
             assert task.node is not None
             until = now + self.rules.fault_pause_max
-            self._avoid.setdefault(task.id, {})[task.node] = until
+            self._matching.avoid(task.id, task.node, until)
             self._timers.set(until, "avoid", task.id)
             waited = f"{self.rules.return_patience:.0f} s"
             where = self.members.name(task.node)
@@ -297,55 +295,27 @@ class Schedule:
                 lease.until = now + self.rules.lease_ttl
                 return self._granted(self.work.tasks[task_id])
             self.work.lapse(self.work.tasks[task_id], "its worker does not run it any more")
-        shape = self._choose(pull, node, now)
-        if shape is not None:
-            return self._grant(self._allowed(shape, peer, now), node, now)
+        task = self._matching.choose(pull.free, node, now, self.rules.fairness)
+        if task is not None:
+            return self._grant(task, node, now)
         if not pull.patience:
             return m.Nothing()
         self._parking.pull(self._parked(call, peer, pull, now))
         return None
 
-    def _choose(self, pull: m.Pull, node: Node, now: float) -> Shape | None:
-        """The shape to take a task from: old ones first, then fewest missing bytes, then age."""
-        best: tuple[Any, ...] | None = None
-        chosen = None
-        for shape in self.work.pending:
-            missing = self._errands.lacks(node.peer, shape.spec)
-            if not fits(shape.spec, pull.free, node.shares, missing):
-                continue
-            order = shape.members[shape.first()]
-            is_old = now - order[0] > self.rules.fairness
-            rank = (0 if is_old else missing, order)
-            if (best is None or rank < best) and self._allowed(shape, node.peer, now) is not None:
-                best, chosen = rank, shape
-        return chosen
-
-    def _allowed(self, shape: Shape, peer: PeerId, now: float) -> str | None:
-        """The oldest task of `shape` that `peer` may have."""
-        if self._faults.until(shape.kind, peer) > now:
-            return None
-        return shape.oldest(lambda task: self._avoid.get(task, {}).get(peer, 0.0) <= now)
-
     def _match(self, now: float) -> None:
         """Give tasks that became pending to pulls that wait, holders of the disk first."""
         fresh, self.work.fresh = self.work.fresh, False
         for shape in list(self.work.pending) if fresh else ():
-            missing = {p: self._errands.lacks(p, shape.spec) for p in self._parking.pulls}
-            able = [
-                p
-                for p in self._parking.pulls.values()
-                if fits(shape.spec, p.request.free, self.roster.node(p.peer).shares, missing[p.peer])
-            ]
-            for parked in sorted(able, key=lambda p: missing[p.peer]):
-                task = self._allowed(shape, parked.peer, now)
+            for parked in self._matching.takers(shape, self._parking.pulls.values()):
+                task = self._matching.allowed(shape, parked.peer, now)
                 if task is not None:
                     self._answer(parked, self._grant(task, self.roster.node(parked.peer), now))
         if len(self.work.jobs) > self._jobs_seen:
             self._jobs_seen = len(self.work.jobs)
             self._timers.set(now + self.rules.beat_interval / 20, "place", "")
 
-    def _grant(self, task_id: str | None, node: Node, now: float) -> m.Grant:
-        assert task_id is not None
+    def _grant(self, task_id: str, node: Node, now: float) -> m.Grant:
         task = self.work.tasks[task_id]
         until = now + self.rules.lease_ttl
         self.work.grant(task, node, now, until)
@@ -390,19 +360,15 @@ class Schedule:
             report.task, report.epoch, peer, report.outcome, now, lambda task: self._failed(task, peer, now)
         )
         if task is not None and not report.outcome.retry:
-            self._faults.worked(shape_key(self.work.jobs[task.job].job.spec), peer)
+            self._matching.worked(task, peer)
         if task is not None and task.state == "returning":
             self.roster.hold(node, task.tree.datum)
         return m.Done(report.task)
 
     def _failed(self, task: Task, peer: PeerId, now: float) -> bool:
         """`peer` could not run `task`: whether that counts against the task.  `peer` pauses."""
-        spec = self.work.jobs[task.job].job.spec
-        kind = shape_key(spec)
-        able = [c.peer for c in self.roster.candidates()
-                if fits(spec, c.total, c.shares, self._errands.lacks(c.peer, spec))]  # fmt: skip
-        counts = self._faults.failed(task.job, task.id, kind, peer, able, now)
-        self._timers.set(self._faults.until(kind, peer), "avoid", task.id)
+        counts, until = self._matching.failed(task, peer, now)
+        self._timers.set(until, "avoid", task.id)
         return counts
 
     def _watch(self, call: int, peer: PeerId, watch: m.Watch, now: float) -> m.Reply | None:
@@ -438,10 +404,7 @@ class Schedule:
                         self.roster.news |= peers
                 case "avoid":
                     self.work.fresh = True
-                    left = {p: until for p, until in self._avoid.get(key, {}).items() if until > now}
-                    self._avoid.pop(key, None)
-                    if left:
-                        self._avoid[key] = left
+                    self._matching.forgive(key, now)
                 case "retire":
                     self._retire(key, now)
 
@@ -523,12 +486,4 @@ class Schedule:
             if node.online:
                 assert node.seen is not None
                 assert self.deadline <= node.seen + self.rules.lost_after
-        for peer, parked in self._parking.pulls.items():
-            node = self.roster.node(peer)
-            for shape in self.work.pending:
-                missing = self._errands.lacks(peer, shape.spec)
-                fit = fits(shape.spec, parked.request.free, node.shares, missing)
-                held = self._faults.until(shape.kind, peer) > self._now or all(
-                    peer in self._avoid.get(task, {}) for task in shape.members
-                )
-                assert not fit or held, "a worker waits while a task for it is pending"
+        self._matching.check(self._parking.pulls.values(), self._now)
