@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import libtorrent as lt
 
+PATIENCE = 900.0
+"""Seconds; whoever started it may have been killed."""
 SETTINGS = {
     "listen_interfaces": "127.0.0.1:0",
     "allow_multiple_connections_per_ip": True,
@@ -42,7 +45,10 @@ def main() -> None:
         for port in ports:
             if port != session.listen_port():
                 handle.connect_peer(("127.0.0.1", port))
+        limit = time.monotonic() + PATIENCE
         while not handle.status().is_seeding:
+            if time.monotonic() > limit:
+                sys.exit(f"not complete in {PATIENCE:.0f} s")
             session.wait_for_alert(1000)
             for alert in session.pop_alerts():
                 if isinstance(alert, lt.torrent_error_alert | lt.file_error_alert):
