@@ -4,7 +4,10 @@ One record per key says "this peer holds it, at these addresses".  A key is a CI
 under its multihash, as everywhere in libp2p, with the 20 servers nearest to it.  Servers are
 nodes that anybody can reach; all others are clients, who ask and announce but keep nothing.
 
-    provide ──> due ──announced──> kept ──10 min, or a bootstrap peer came back──> due ...
+    provide ──> fresh ──announced──> kept ──10 min, or a bootstrap peer came back──> due ...
+
+One announcement is under way at a time: the newest fresh key first, then what has been due longest.
+With many keys each is kept longer, so that announcing again never takes more than a bounded part.
 
 Records are held in memory, so what a server forgets by dying is announced again.  Lookup:
 Kademlia (Maymounkov and Mazières, 2002); what libp2p 0.8.1 does otherwise than one would
@@ -13,6 +16,7 @@ wish is in `docs/decisions/0005-control-plane.md`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -37,6 +41,9 @@ BEAT = 5.0
 
 KEPT = 600.0
 """Seconds an announcement is relied on; libp2p would forget it after 48 hours."""
+
+SPACING = 1.0
+"""Seconds between two announcements of what is known already, at least: 3600 keys are kept an hour."""
 
 REFRESHED = 600.0
 """Seconds the routing table is relied on."""
@@ -80,24 +87,28 @@ class KademliaIndex:
         self._kademlia = _Kademlia(network.libp2p, mode)
         self._due: dict[bytes, float] = {}
         """When each key of ours is to be announced next, by record name."""
+        self._fresh: dict[bytes, trio.Event] = {}
+        """Of these keys, those never announced yet; set when they have been, or could not be."""
+        self._rung = trio.Event()
         self._sessions: dict[PeerId, object | None] = {}
         self._refresh_due = -1.0
-        self._turn = trio.Lock()
 
     async def provide(self, key: bytes) -> None:
         """Announce now, and again while the index is open; with nobody to tell it waits for somebody."""
         name = _name(key)
         self._due[name] = -1.0
-        await self._join()
-        await self._announce(name)
+        done = self._fresh.pop(name, None) or trio.Event()
+        self._fresh[name] = done  # the newest is the last
+        self._rung.set()
+        await done.wait()
 
     async def withdraw(self, key: bytes) -> None:
         """Announce `key` no more; what others remember of it fades."""
         name = _name(key)
+        await trio.lowlevel.checkpoint()
         self._due.pop(name, None)
-        store = self._kademlia.provider_store
-        store.providing_keys.discard(name)
-        store.providers.get(name, {}).pop(self._network.me, None)
+        self._fresh.pop(name, trio.Event()).set()
+        self._forget(name)
 
     async def find(self, key: bytes, most: int = 20) -> list[PeerId]:
         """Others that announced `key`, in no order; asks the network each time, for hints age."""
@@ -138,7 +149,7 @@ class KademliaIndex:
         return [PeerId(peer.to_base58()) for peer in self._kademlia.routing_table.get_peer_ids()]
 
     async def keep(self) -> None:
-        """Meet, refresh and announce for ever."""
+        """Meet and refresh for ever."""
         while True:
             await self._meet()
             if trio.current_time() >= self._refresh_due:
@@ -146,10 +157,28 @@ class KademliaIndex:
                 await self.refresh()
                 self._kademlia.provider_store.cleanup_expired()
                 self._kademlia.value_store.cleanup_expired()
-            for name, due in list(self._due.items()):
-                if due <= trio.current_time():
-                    await self._announce(name)
             await trio.sleep(BEAT)
+
+    async def tell(self) -> None:
+        """Announce for ever, one key after the other."""
+        while True:
+            name = self._next()
+            if name is None:
+                self._rung = trio.Event()
+                with trio.move_on_at(min(self._due.values(), default=math.inf)):
+                    await self._rung.wait()
+                continue
+            await self._join()
+            await self._announce(name)
+            self._fresh.pop(name, trio.Event()).set()
+            await trio.sleep(PACE)
+
+    def _next(self) -> bytes | None:
+        """The newest of the fresh keys, or what has been due longest."""
+        if self._fresh:
+            return next(reversed(self._fresh))
+        name = min(self._due, key=self._due.__getitem__, default=None)
+        return name if name is not None and self._due[name] <= trio.current_time() else None
 
     async def _join(self) -> None:
         """Know somebody; a bootstrap peer that is away holds nobody up who knows others."""
@@ -175,19 +204,26 @@ class KademliaIndex:
             self._sessions[peer] = session
             self._refresh_due = -1.0
             self._due = dict.fromkeys(self._due, -1.0)
+            self._rung.set()
 
     async def _announce(self, name: bytes) -> None:
         """Tell the nearest servers; due again soon when none of them took it."""
-        async with self._turn:
-            told = False
-            try:
-                with trio.move_on_after(LOOKUP_PATIENCE):
-                    told = await self._kademlia.provider_store.provide(name)
-            except BaseLibp2pError as trouble:
-                log.warning("could not announce", why=str(trouble))
-            if name in self._due:
-                self._due[name] = trio.current_time() + (KEPT if told else BEAT)
-            await trio.sleep(PACE)
+        told = False
+        try:
+            with trio.move_on_after(LOOKUP_PATIENCE):
+                told = await self._kademlia.provider_store.provide(name)
+        except BaseLibp2pError as trouble:
+            log.warning("could not announce", why=str(trouble))
+        if name in self._due:
+            kept = max(KEPT, SPACING * len(self._due))
+            self._due[name] = trio.current_time() + (kept if told else BEAT)
+        else:
+            self._forget(name)  # withdrawn meanwhile
+
+    def _forget(self, name: bytes) -> None:
+        store = self._kademlia.provider_store
+        store.providing_keys.discard(name)
+        store.providers.get(name, {}).pop(self._network.me, None)
 
 
 @asynccontextmanager
@@ -199,6 +235,7 @@ async def open_index(
     with plain():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(index.keep)
+            nursery.start_soon(index.tell)
             yield index
             nursery.cancel_scope.cancel()
 

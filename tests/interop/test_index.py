@@ -166,6 +166,43 @@ async def test_alone_nothing_is_found_and_an_announcement_waits_for_company(monk
         await until(lambda: first.index.find(key(1)), [anna.network.me])
 
 
+async def test_the_newest_key_goes_first_and_what_was_withdrawn_is_forgotten():
+    async with meadow() as enter:
+        node = await enter(1, "server")
+        index, order = node.index, []
+        held_up, on = trio.Event(), trio.Event()
+
+        async def provide(name):
+            order.append(name)
+            held_up.set()
+            await on.wait()
+            return True
+
+        index._kademlia.provider_store.provide = provide
+        names = [key(number)[2:] for number in range(6)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(index.provide, key(0))
+            await held_up.wait()
+            for number in range(1, 5):
+                index._due[names[number]] = float(-number)  # announced before, and due for long
+            nursery.start_soon(index.provide, key(5))  # a new disk, in the middle of the round
+            while names[5] not in index._fresh:
+                await trio.lowlevel.checkpoint()
+            await index.withdraw(key(2))
+            on.set()
+        assert order[:2] == [names[0], names[5]]
+        await until(lambda: told(order, 5), [*order[:2], names[4], names[3], names[1]])
+        assert order[2:] == [names[4], names[3], names[1]]
+        for number in range(6):
+            await index.withdraw(key(number))
+        assert index._due == index._fresh == {}
+        assert not index._kademlia.provider_store.providing_keys
+
+
+async def told(order, count):
+    return order[:count]
+
+
 async def test_only_cids_are_keys():
     async with meadow() as enter:
         node = await enter(1, "server")
