@@ -16,6 +16,7 @@ import attrs
 from nacl.signing import SigningKey
 
 from p2pgrid.dht.chunker import length_at, positions
+from p2pgrid.dht.files import explained
 from p2pgrid.dht.image import Image, open_image
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
@@ -29,13 +30,18 @@ from p2pgrid.dht.manifest import (
     safe_path,
     signed,
 )
+from p2pgrid.dht.objects import recipe_pages_max
 from p2pgrid.dht.press import Pressed, Progress, press
 from p2pgrid.dht.store import Store
-from p2pgrid.errors import Misused, Temporary
+from p2pgrid.errors import ImageRefused, Misused, Temporary
 from p2pgrid.ids import Cid
 
 FILES_MAX = 100_000
 """Files of a tree; its object's own bound (`OBJECT_MAX`) may come first."""
+
+
+PAGES_MAX = (OBJECT_MAX - 1024) // 41
+"""Pages whose names fit into a recipe's object, at 41 bytes a name."""
 
 
 @attrs.frozen
@@ -66,10 +72,11 @@ def publish_disk(store: Store, path: Path, key: SigningKey, progress: Progress |
     began = time.monotonic()
     image = open_image(path)
     try:
-        with store.staging() as staged:
+        with store.staging() as staged, store.staging() as aside:
+            count = _write_pages(store, image, path, aside)  # first: what cannot travel is not pressed
             pressed = press(store, key, image.size, _chunks(image), staged, progress)
-            segments = paged_segments(image.segments()) if image.exact else ()
-            pages = tuple(store.put_object(page) for page in segments)
+            image.check_unchanged()
+            pages = tuple(store.put_object((aside / str(n)).read_bytes()) for n in range(count))
             recipe = store.put_object(Recipe(image.format, image.exact, image.file_size, pages).encode())
             disk = signed(Disk(pressed.content, pressed.pack, recipe, b""), key)
             datum = store.put_object(disk.encode())
@@ -77,6 +84,29 @@ def publish_disk(store: Store, path: Path, key: SigningKey, progress: Progress |
         return _published(datum, pressed, image.size, began)
     finally:
         image.close()
+
+
+def _write_pages(store: Store, image: Image, path: Path, aside: Path) -> int:
+    """Write the pages of the recipe to files in `aside`, named by number; how many there are.
+
+    Raises `ImageRefused` where they are more than a recipe may list: then much lies in the
+    container outside of the guest's space (deleted snapshots, leaked clusters).
+    """
+    count = written = 0
+    most = min(recipe_pages_max(image.size), PAGES_MAX)
+    for page in paged_segments(image.segments()) if image.exact else ():
+        if count == most:
+            why = (
+                f"more than {written >> 20} MiB of it lie outside of what the guest sees (deleted snapshots,"
+                f" leaked clusters); `qemu-img convert -O {image.format}` makes a copy without them"
+            )
+            raise ImageRefused(path=str(path), why=why)
+        store.check_room(written, written)
+        with explained(aside, len(page)):
+            (aside / str(count)).write_bytes(page)
+        count += 1
+        written += len(page)
+    return count
 
 
 def _chunks(image: Image) -> Iterator[tuple[int, bytes]]:

@@ -21,7 +21,8 @@ class Room:
     def __init__(self, root: Path, quota: int | None, min_free: int) -> None:
         self._root = root
         self._quota = quota
-        self._min_free = min_free
+        self.min_free = min_free
+        """May change at any time: what else on this disk is spoken for."""
         self._lock = threading.RLock()
         self._used = 0
         self._packs: dict[Cid, int] = {}
@@ -40,7 +41,7 @@ class Room:
             if self._quota is not None and wanted > self._quota - self._used:
                 left = max(self._quota - self._used, 0)
                 raise NoSpace(wanted=wanted, free=left, where=f"the quota of {self._root}")
-            left = free(self._root) - self._min_free - self._promised()
+            left = free(self._root) - self.min_free - self._promised()
             if wanted - written > left:
                 raise NoSpace(wanted=wanted - written, free=max(left, 0), where=str(self._root))
 

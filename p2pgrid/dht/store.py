@@ -88,7 +88,6 @@ class Store:
         """
         self.root = root
         self.quota = quota
-        self.min_free = min_free
         self._lock = threading.RLock()
         self._shelves: dict[Cid, Shelf] = {}
         self._packs, self._datums, self._tmp = root / "packs", root / "datums", root / "tmp"
@@ -107,6 +106,15 @@ class Store:
         except BaseException:
             os.close(self._lock_fd)
             raise
+
+    @property
+    def min_free(self) -> int:
+        """Bytes that are left free on the file system; grows with what else is spoken for there."""
+        return self._room.min_free
+
+    @min_free.setter
+    def min_free(self, min_free: int) -> None:
+        self._room.min_free = min_free
 
     def close(self) -> None:
         """Sync what was put, and let go of the store.  Idempotent."""

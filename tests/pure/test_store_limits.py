@@ -13,8 +13,10 @@ import pytest
 from nacl.signing import SigningKey
 
 from p2pgrid.dht import marks
+from p2pgrid.dht.dagcbor import encode
 from p2pgrid.dht.frame import compress
-from p2pgrid.dht.manifest import CHUNK_SIZE, Disk, Tree, signed
+from p2pgrid.dht.manifest import CHUNK_SIZE, PAGE_SPAN, Content, Disk, Pack, Recipe, Tree, signed
+from p2pgrid.dht.objects import PATIENCE, RECIPE_PAGES
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import BadObject, ChunkCorrupt, Misconfigured, NoSpace, NotFound, VerificationFailed
 from p2pgrid.ids import object_cid
@@ -71,6 +73,81 @@ def test_the_file_system_keeps_some_room_and_what_was_promised(tmp_path):
             with pytest.raises(NoSpace) as refusal:
                 store.begin(SMALL.datum)
         assert (refusal.value.wanted, refusal.value.free) == (small, 0)
+
+
+def test_objects_take_room_like_frames(tmp_path):
+    """A recipe may list what it likes: what is fetched of it counts, before anything is begun."""
+    with Store(tmp_path / "s", quota=5000, min_free=0) as store:
+        for n in range(5):
+            store.put_object(encode({"n": n, "data": bytes(900)}))
+            store.put_object(encode({"n": n, "data": bytes(900)}))  # counted once
+        used = store.used()
+        assert used == sum(p.stat().st_size for p in (store.root / "objects").glob("*/*"))
+        with pytest.raises(NoSpace) as refusal:
+            store.put_object(encode({"n": 5, "data": bytes(900)}))
+        assert refusal.value.free == 5000 - used
+        assert store.used() == used
+        with pytest.raises(NoSpace):
+            store.check_room(5000 - used + 1)
+    with Store(tmp_path / "s", quota=5000, min_free=0) as store:
+        assert store.used() == 0  # nobody needs them
+    with (
+        mock.patch("p2pgrid.dht.room.free", return_value=1 << 20),
+        Store(tmp_path / "s", min_free=1 << 20) as store,
+        pytest.raises(NoSpace),
+    ):
+        store.put_object(SMALL.objects[0])
+
+
+def test_objects_of_a_fetch_that_was_given_up_make_way(tmp_path):
+    small, objects = sum(map(len, SMALL.frames)), sum(map(len, SMALL.objects))
+    with Store(tmp_path / "s", quota=small + objects + 100, min_free=0) as store:
+        left = store.put_object(WIDE.objects[-1])
+        assert store.missing_objects(left) != []
+        with pytest.raises(NoSpace):
+            fill(store, SMALL)
+        store._objects._young[left] -= PATIENCE  # nobody has asked for it since
+        assert fill(store, SMALL).complete
+        assert not store.has_object(left)
+        assert store.used() == small + objects
+        store.drop(SMALL.datum)
+        left = store.put_object(WIDE.objects[-1])
+        store.abandon(left)
+        fill(store, SMALL)
+        assert not store.has_object(left)
+        assert store.missing_objects(SMALL.datum) == []
+
+
+def test_a_datum_lists_no_more_than_its_size_justifies(store):
+    def datum(size, pages, frames=1):
+        content = store.put_object(Content(size, CHUNK_SIZE, (None,) * (-(-size >> 31) or 1)).encode())
+        lists = (content,) * -(-frames // PAGE_SPAN)
+        pack = store.put_object(signed(Pack(content, frames, lists, b""), KEY).encode())
+        recipe = store.put_object(Recipe("qcow2", True, 1 << 40, (content,) * pages).encode())
+        return store.put_object(signed(Disk(content, pack, recipe, b""), KEY).encode())
+
+    assert store.missing_objects(datum(CHUNK_SIZE, RECIPE_PAGES)) == []
+    with pytest.raises(BadObject, match="4096 are allowed"):
+        store.missing_objects(datum(CHUNK_SIZE, RECIPE_PAGES + 1))
+    assert store.missing_objects(datum(1 << 31, RECIPE_PAGES + 64)) == []
+    with pytest.raises(BadObject, match="4160 are allowed"):
+        store.missing_objects(datum(1 << 31, RECIPE_PAGES + 65))
+    with pytest.raises(BadObject, match="more frames"):
+        store.missing_objects(datum(CHUNK_SIZE, 0, frames=2))
+
+
+def test_a_drop_looks_at_nothing_but_its_own(store, monkeypatch):
+    disks = [SMALL, WIDE, *[small_disk([n]) for n in range(20, 26)]]
+    for disk in disks:
+        fill(store, disk)
+    read = []
+    get = store._objects.get
+    monkeypatch.setattr(store._objects, "get", lambda cid: read.append(cid) or get(cid))
+    assert store.complete(SMALL.datum)
+    store.drop(SMALL.datum)
+    assert not store.complete(SMALL.datum)
+    assert read == []
+    assert {h.datum for h in store.held()} == {disk.datum for disk in disks[1:]}
 
 
 def test_a_full_disk_is_no_corruption(store):

@@ -15,7 +15,7 @@ import trio
 
 from p2pgrid.dht.manifest import Disk, Recipe, signed
 from p2pgrid.dht.store import Store
-from p2pgrid.errors import BadFrame, NoSpace, NotFound
+from p2pgrid.errors import BadFrame, NoSpace, NotFound, Refused
 from p2pgrid.hole_punch.bulk import Link, open_links
 from p2pgrid.ids import DAG_CBOR, Cid, PeerId
 from p2pgrid.transfer import messages
@@ -112,6 +112,35 @@ async def test_two_exchanges(tmp_path: Path) -> None:
         again = await worker.exchange.fetch(disk.datum, ())
         assert again.bytes_by_peer == {}
         assert again.resumed_bytes == total
+
+
+async def test_what_is_larger_than_allowed_is_refused_before_its_pages_come(tmp_path: Path) -> None:
+    disk = small_disk([1, 2, 3])
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        peers, size = know(worker, putter), len(disk.plain)
+        with pytest.raises(Refused, match=f"{size} bytes; {size - 1} are allowed"):
+            await worker.exchange.fetch(disk.datum, peers, most=size - 1)
+        assert worker.store.held() == []
+        about = Disk.decode(disk.objects[-1])
+        pages = Recipe.decode(worker.store.get_object(about.recipe)).pages
+        assert not any(worker.store.has_object(page) for page in pages)
+        await worker.exchange.fetch(disk.datum, peers, most=size)
+        with pytest.raises(Refused):  # it is here, and yet more than this caller takes
+            await worker.exchange.fetch(disk.datum, peers, most=size - 1)
+
+
+async def test_a_fetch_whose_objects_do_not_fit_ends(tmp_path: Path) -> None:
+    disk = small_disk([1, 2, 3])
+    async with open_nodes(tmp_path, "putter") as (putter,):
+        hold(putter, disk)
+        network = putter.network.world.join("worker")
+        network.learn(putter.me, putter.network.addresses)
+        with Store(tmp_path / "worker", quota=len(disk.objects[-1]) + 100, min_free=0) as store:
+            async with open_exchange(network, network.index, store, LOOPBACK) as exchange:
+                with pytest.raises(NoSpace):
+                    await exchange.fetch(disk.datum, [putter.me])
+            assert store.used() <= len(disk.objects[-1]) + 100
 
 
 async def test_five_fetch_from_each_other_though_told_of_the_putter_only(

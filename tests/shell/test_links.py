@@ -259,6 +259,8 @@ async def test_no_descriptor_left_costs_one_attempt_and_nothing_else(
                     patch.setattr(trio.socket, "socket", full)
             with pytest.raises(Unreachable):
                 await links.link(b.me)
+        for _ in here.links:  # dialled back, it had one for a moment
+            await here.why.receive()
         (await links.link(b.me)).send(b"1")
         assert await there.messages.receive() == b"1"
 

@@ -14,13 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
-from p2pgrid.dht import press
+from p2pgrid.dht import objects as objects_module
+from p2pgrid.dht import press, publish
 from p2pgrid.dht.image import open_image, write_image
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     FORMATS,
+    LITERAL_MAX,
     Disk,
     Guest,
+    Literal,
     Pack,
     Recipe,
     Zeros,
@@ -179,6 +182,30 @@ def test_a_disk_that_changes_while_it_is_read_is_refused(store, tmp_path):
     with Store(store.root, min_free=0) as again:
         assert again.held() == []
         assert set(everything(store.root)) == {str(store.root / "lock")}
+
+
+def test_a_container_full_of_what_the_guest_does_not_see_is_refused(store, tmp_path, monkeypatch):
+    """Said before anything is pressed, with what to do; and nothing of it stays."""
+    path = image(tmp_path, "raw")
+    stale = [Guest(0, len(PLAIN)), *[Literal(bytes([n]) * LITERAL_MAX) for n in range(9)]]
+    monkeypatch.setattr(type(open_image(path)), "segments", lambda image: iter(stale))
+    monkeypatch.setattr(objects_module, "RECIPE_PAGES", 2)
+    monkeypatch.setattr(publish, "press", None)
+    with pytest.raises(ImageRefused, match="qemu-img convert -O raw"):
+        publish_disk(store, path, KEY)
+    assert set(everything(store.root)) == {str(store.root / "lock")}
+
+
+def test_a_disk_tells_of_every_chunk_it_writes(store, tmp_path):
+    """A raw disk is one segment, and a person waits for it."""
+    put = publish_disk(store, image(tmp_path, "raw"), KEY)
+    steps = []
+    restore_disk(store, put.datum, tmp_path / "back", progress=lambda *step: steps.append(step))
+    size = len(PLAIN)
+    assert steps == sorted(steps)
+    assert {total for _, total in steps} == {size}
+    assert {n * CHUNK_SIZE for n in range(1, 9)} - {6 * CHUNK_SIZE} <= {done for done, _ in steps}
+    assert steps[-1] == (size, size)
 
 
 def test_a_disk_over_the_quota_is_refused(tmp_path):

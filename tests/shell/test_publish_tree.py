@@ -58,6 +58,11 @@ def test_a_folder_comes_back(store, folder, tmp_path):
     assert store.held()[0].bytes == put.wire_bytes
     tree = restore_tree(store, put.datum, tmp_path / "out")
     assert [f.path for f in tree.files] == sorted(FILES)
+    steps = []
+    restore_tree(store, put.datum, tmp_path / "told", progress=lambda *step: steps.append(step))
+    assert steps == sorted(steps)
+    assert steps[-1] == (put.size, put.size)
+    assert len(steps) >= put.chunks
     assert everything(tmp_path / "out") == FILES
     for path in FILES:
         mode = stat.S_IMODE((tmp_path / "out" / path).stat().st_mode)
