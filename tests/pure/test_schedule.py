@@ -148,6 +148,26 @@ class AnyHistory(RuleBasedStateMachine):
             task = data.draw(st.sampled_from(sorted(leases)))
             self.tell(name, task, leases.pop(task), exit_, retry)
 
+    @rule(name=names)
+    def break_down(self, name):
+        """All that a worker takes fails at once, while the others are online: it spends one retry a job."""
+        for other in WORKERS:
+            self.ask(other, m.Beat(tuple(self.workers[other].holds), total=ROOM, free=ROOM, shares=("root",)))
+        before = {t.id: t.attempts for t in self.history.schedule.work.tasks.values()}
+        for _ in range(3):
+            self.pull(name, root=True, patience=0)
+        tainted = self.history.schedule._faults._kinds.values()
+        untried = not any(other in kind.failed for kind in tainted for other in WORKERS if other != name)
+        tried = bool(self.history.schedule._faults._tried)
+        for task, epoch in list(self.workers[name].leases.items()):
+            self.tell(name, task, epoch, 1, True)
+            del self.workers[name].leases[task]
+        if untried and not tried:
+            spent: dict[str, int] = {}
+            for task in self.history.schedule.work.tasks.values():
+                spent[task.job] = spent.get(task.job, 0) + task.attempts - before.get(task.id, 0)
+            assert all(n <= 1 for n in spent.values())
+
     @precondition(lambda self: self.stale)
     @rule(data=st.data())
     def report_late(self, data):
