@@ -22,7 +22,7 @@ from p2pgrid.node.worker import sweep
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Outcome
 from p2pgrid.transfer.exchange import Fetched
-from tests.memory_network import open_world
+from tests.memory_network import MemoryWorld, open_world
 
 
 @attrs.define
@@ -31,9 +31,12 @@ class Peers:
 
     bring: Callable[[Cid], Any] | None = None
     asked: list[Cid] = attrs.field(factory=list)
+    most: int | None = None
+    """The bound of the last fetch."""
 
-    async def fetch(self, datum: Cid, peers: Iterable[PeerId], progress: Any, **more: Any) -> Fetched:
+    async def fetch(self, datum: Cid, peers: Iterable[PeerId], progress: Any, most: int | None) -> Fetched:
         self.asked.append(datum)
+        self.most = most
         if self.bring is None:
             await trio.sleep_forever()
         else:
@@ -86,6 +89,7 @@ class Lone:
     node: Node
     peers: Peers
     calls: Calls
+    world: MemoryWorld
 
 
 @contextlib.asynccontextmanager
@@ -104,4 +108,4 @@ async def open_lone(home: Path) -> AsyncIterator[Lone]:
                 home, config, Identity.load_or_create(home), network, index, store, exchange, coordinator,
                 PeerId("grid"), config.roles, trio.Event(),
             )  # fmt: skip
-            yield Lone(node, peers, calls)
+            yield Lone(node, peers, calls, world)

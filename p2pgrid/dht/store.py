@@ -223,7 +223,7 @@ class Store:
         """The datums that are here, in part or whole; not those whose objects have rotted."""
         found: list[Held] = []
         with self._lock:
-            begun = sorted(self._begun.items(), key=lambda item: str(item[0]))
+            begun = sorted(self._begun.items(), key=lambda item: item[0].digest)
         for datum, pack in begun:
             shelf = self.shelf(pack)
             if shelf is not None and self._objects.here(datum):

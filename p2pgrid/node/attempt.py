@@ -24,7 +24,7 @@ from p2pgrid.dht.restore import restore_tree
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import BadObject, ChunkCorrupt, GridError, Misused, NotFound, Refused
 from p2pgrid.ids import Cid, PeerId
-from p2pgrid.node.node import STALL_PATIENCE, Node, Running
+from p2pgrid.node.node import OWN, STALL_PATIENCE, Node, Running
 from p2pgrid.node.room import INPUTS_MAX, check_fits, check_inputs, reservation
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Outcome, ResultTree
@@ -33,8 +33,6 @@ from p2pgrid.vm.guest import GuestEnd, GuestSpec, Hypervisor, run_guest
 
 log = structlog.get_logger()
 
-OWN = ".p2pgrid"
-"""Folder of a result tree for what the node adds: the console."""
 JOBS_OWN = (Refused, Misused, BadObject)
 """What is wrong with the job wherever it is tried."""
 
@@ -110,7 +108,8 @@ async def _gather(node: Node, grant: m.Grant, lease: Running) -> Counter[PeerId]
         def watch(p: Progress, what: str = what) -> None:
             lease.note = f"fetching the {what}: {10 * (10 * p.bytes_done // max(1, p.bytes_total))} %"
 
-        fetched = await node.fetch(wanted.datum, wanted.peers, watch, STALL_PATIENCE)
+        most = None if wanted is grant.disk else INPUTS_MAX
+        fetched = await node.fetch(wanted.datum, wanted.peers, watch, STALL_PATIENCE, most)
         sources.update(fetched.bytes_by_peer)
     return sources
 
@@ -133,7 +132,9 @@ async def _context(
     node.reserved()
     if cid is None:
         return {}
-    written = await trio.to_thread.run_sync(restore_tree, node.store, cid, folder, INPUTS_MAX)
+    written = await trio.to_thread.run_sync(
+        restore_tree, node.store, cid, folder, INPUTS_MAX, stop_if_cancelled
+    )
     return {file.path: folder / file.path for file in written.files}
 
 

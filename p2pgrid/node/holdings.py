@@ -17,13 +17,14 @@ import psutil
 import structlog
 import trio
 
+from p2pgrid.dht.files import free as disk_free
 from p2pgrid.dht.manifest import Disk, Tree, decode_datum
 from p2pgrid.dht.store import Held
-from p2pgrid.errors import GridError
+from p2pgrid.errors import BadObject, GridError
 from p2pgrid.ids import Cid
 from p2pgrid.node.node import STALL_PATIENCE, Node, Running, Trouble
 from p2pgrid.node.patience import backoff, patiently
-from p2pgrid.node.room import offered
+from p2pgrid.node.room import RESULT_MAX, offered, store_room
 from p2pgrid.node.shortlist import Here, shortlist
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Gone, Revoked
@@ -32,8 +33,8 @@ log = structlog.get_logger()
 
 FETCHES = 4
 """Data fetched at the same time because of orders."""
-HOLDS_MAX, PARTIAL_MAX, STATUS_MAX = 8192, 1024, 200
-"""What a beat takes: data that are complete, data that are here in part, characters."""
+PARTIAL_MAX, STATUS_MAX = 1024, 200
+"""What a beat takes: data that are here in part, characters."""
 BRING_MIN, BRING_MAX = 0.5, 300.0
 """Seconds between two tries to bring what was ordered: doubled from the one to the other."""
 
@@ -95,7 +96,7 @@ async def _orders(node: Node, patience: float) -> m.Orders | None:
 async def _beat(node: Node, patience: float) -> m.Beat:
     node.reserved()
     total = capacity(node)
-    complete, partial = await trio.to_thread.run_sync(_held, node)
+    complete, partial, cut = await trio.to_thread.run_sync(_held, node)
     return m.Beat(
         holds=complete,
         partial=partial,
@@ -105,6 +106,7 @@ async def _beat(node: Node, patience: float) -> m.Beat:
         addresses=tuple(node.network.addresses)[: m.ADDRESSES_MAX],
         status=status(node.running.values(), node.troubles.values()),
         patience=min(patience, m.PATIENCE_MAX),
+        cut=cut,
     )
 
 
@@ -115,16 +117,17 @@ def status(running: Iterable[Running], troubles: Iterable[Trouble]) -> str:
     return "; ".join(words)[:STATUS_MAX]
 
 
-def _held(node: Node) -> tuple[tuple[str, ...], tuple[m.Holding, ...]]:
-    """What is complete here, and what is here in part, as far as a beat takes them."""
+def _held(node: Node) -> tuple[tuple[str, ...], tuple[m.Holding, ...], bool]:
+    """What is complete here, and what is here in part, as far as a beat takes it; whether there is more."""
     held = node.store.held()
     partial = (m.Holding(str(h.datum), _missing(h)) for h in held if h.chunks < h.chunks_total)
     complete = [h for h in held if h.chunks == h.chunks_total]
-    if len(complete) <= HOLDS_MAX:
+    cut = len(complete) > m.HOLDS_MAX
+    if not cut:
         names = tuple(str(h.datum) for h in complete)
     else:
-        names = shortlist((_here(node, h.datum) for h in complete), HOLDS_MAX)
-    return names, tuple(islice(partial, PARTIAL_MAX))
+        names = shortlist((_here(node, h.datum) for h in complete), m.HOLDS_MAX)
+    return names, tuple(islice(partial, PARTIAL_MAX)), cut
 
 
 def _here(node: Node, datum: Cid) -> Here:
@@ -151,6 +154,7 @@ def capacity(node: Node) -> m.Capacity:
         memory=psutil.virtual_memory().total // 2,
         cpus=os.cpu_count() or 1,
         disk=offered(psutil.disk_usage(str(node.home)).free, 0),
+        store=store_room(node.config.quota, node.store.used(), disk_free(node.store.root)),
     )
 
 
@@ -158,8 +162,14 @@ def free(node: Node, total: m.Capacity) -> m.Capacity:
     """`total` less the leases under way."""
     slots = max(0, total.slots - len(node.running) - node.resting)
     memory = min(total.memory, psutil.virtual_memory().available) if slots else 0
-    disk = max(0, total.disk - node.reserved())
-    return m.Capacity(slots=slots, memory=memory, cpus=total.cpus if slots else 0, disk=disk)
+    reserved = node.reserved()
+    return m.Capacity(
+        slots=slots,
+        memory=memory,
+        cpus=total.cpus if slots else 0,
+        disk=max(0, total.disk - reserved),
+        store=max(0, total.store - reserved),
+    )
 
 
 async def _drop(node: Node, datum: str) -> None:
@@ -175,10 +185,12 @@ async def _drop(node: Node, datum: str) -> None:
 async def _bring(node: Node, wanted: m.Wanted, slots: trio.CapacityLimiter) -> None:
     """Fetch what was ordered; a result is acknowledged once it is whole, and a tree."""
     is_result = wanted.reason == "result"
+    was_here = node.complete(wanted.datum)
     try:
         async with slots:
-            if not node.complete(wanted.datum):
-                await node.fetch(wanted.datum, wanted.peers, patience=STALL_PATIENCE)
+            if not was_here:
+                most = RESULT_MAX if is_result else None
+                await node.fetch(wanted.datum, wanted.peers, patience=STALL_PATIENCE, most=most)
         if is_result:
             await trio.to_thread.run_sync(lambda: Tree.decode(node.store.get_object(Cid.parse(wanted.datum))))
             await patiently(lambda: node.coordinator.collect(wanted.task, wanted.epoch), math.inf)
@@ -186,6 +198,8 @@ async def _bring(node: Node, wanted: m.Wanted, slots: trio.CapacityLimiter) -> N
     except (Gone, Revoked):
         node.troubles.pop(wanted.datum, None)  # another epoch of that task counts now
     except GridError as failed:
+        if isinstance(failed, BadObject) and not was_here:
+            await _drop(node, wanted.datum)  # it is not what it was said to be; the next one may be
         what = f"the result of {wanted.task}" if is_result else f"{wanted.kind} {wanted.datum[:12]}…"
         trouble = node.troubles.setdefault(wanted.datum, Trouble(what))
         trouble.why = str(failed)

@@ -30,9 +30,9 @@ from p2pgrid.errors import (
 )
 from p2pgrid.ids import Cid, readable_id
 from p2pgrid.node.api import Tell
-from p2pgrid.node.attempt import OWN, stop_if_cancelled
+from p2pgrid.node.attempt import stop_if_cancelled
 from p2pgrid.node.disks import Args
-from p2pgrid.node.node import STALL_PATIENCE, Node
+from p2pgrid.node.node import OWN, STALL_PATIENCE, Node
 from p2pgrid.node.patience import backoff, patiently
 from p2pgrid.node.room import INPUTS_MAX, RESULT_MAX
 from p2pgrid.scheduler import messages as m
@@ -269,7 +269,9 @@ async def results(node: Node, args: Args, tell: Tell) -> Any:
             raise Conflict(what=f"{target}; name another folder with -o")
         tree = await _tree(node, result.datum)
         os.makedirs(out, exist_ok=True)
-        await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(result.datum), target, RESULT_MAX)
+        await trio.to_thread.run_sync(
+            restore_tree, node.store, Cid.parse(result.datum), target, RESULT_MAX, stop_if_cancelled
+        )
         tasks += 1
         files += sum(1 for f in tree.files if not f.path.startswith(OWN + "/"))
         total += sum(f.size for f in tree.files)
@@ -279,7 +281,7 @@ async def results(node: Node, args: Args, tell: Tell) -> Any:
 async def _tree(node: Node, datum: str) -> Tree:
     """A result tree, complete in this store."""
     if not node.complete(datum):
-        await node.fetch(datum, await node.providers(datum), patience=STALL_PATIENCE)
+        await node.fetch(datum, await node.providers(datum), patience=STALL_PATIENCE, most=RESULT_MAX)
     return Tree.decode(node.store.get_object(Cid.parse(datum)))
 
 
@@ -294,7 +296,9 @@ async def logs(node: Node, args: Args, tell: Tell) -> Any:
     datum = task.outcome.result.datum
     await _tree(node, datum)
     async with node.scratchpad() as folder:
-        await trio.to_thread.run_sync(restore_tree, node.store, Cid.parse(datum), folder / "tree", RESULT_MAX)
+        await trio.to_thread.run_sync(
+            restore_tree, node.store, Cid.parse(datum), folder / "tree", RESULT_MAX, stop_if_cancelled
+        )
         try:
             console = (folder / "tree" / OWN / "console.log").read_bytes()
         except FileNotFoundError:

@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from p2pgrid.dht.manifest import decode_datum
+from p2pgrid.dht.manifest import Tree, decode_datum
 from p2pgrid.dht.store import MIN_FREE, Store
 from p2pgrid.errors import GridError, NotFound, Temporary
 from p2pgrid.ids import Cid, PeerId
@@ -27,6 +27,9 @@ from p2pgrid.vm.guest import written
 
 STALL_PATIENCE = 300.0
 """Seconds without one new byte after which a fetch for a job is given up and the task tried elsewhere."""
+
+OWN = ".p2pgrid"
+"""Folder of a result tree for what the node that made it adds: the console."""
 
 HINT_PATIENCE = 3.0
 """Seconds that the coordinator gets to say who has something."""
@@ -94,6 +97,8 @@ class Node:
     connected: bool = False
     _news: trio.Event = attrs.field(factory=trio.Event)
     _unannounced: dict[str, None] = attrs.field(factory=dict)
+    _announced: dict[str, tuple[Cid, ...]] = attrs.field(factory=dict)
+    """Data that the index was told of, by the keys it was told."""
     _to_announce: trio.Event = attrs.field(factory=trio.Event)
 
     def tell(self) -> None:
@@ -106,11 +111,17 @@ class Node:
         self._news = trio.Event()
 
     async def fetch(
-        self, datum: str, peers: Iterable[m.Provider], watch: Watch | None = None, patience: float = math.inf
+        self,
+        datum: str,
+        peers: Iterable[m.Provider],
+        watch: Watch | None = None,
+        patience: float = math.inf,
+        most: int | None = None,
     ) -> Fetched:
         """Have `datum` complete here, then say so to the index and the coordinator.
 
-        Raises `Temporary` when no byte came for `patience` seconds.
+        Raises `Temporary` when no byte came for `patience` seconds, `Refused` for a content of
+        more than `most` bytes.
         """
         for provider in peers:
             self.network.learn(PeerId(provider.peer), provider.addresses)
@@ -127,7 +138,7 @@ class Node:
                 if watch:
                     watch(progress)
 
-            fetched = await self.exchange.fetch(Cid.parse(datum), names, notice)
+            fetched = await self.exchange.fetch(Cid.parse(datum), names, notice, most)
         if scope.cancelled_caught:
             raise Temporary(why=f"no peer sent a byte of {datum} for {patience:.0f} s")
         self.received.update(fetched.bytes_by_peer)
@@ -151,14 +162,34 @@ class Node:
             while self._unannounced:
                 datum = next(iter(self._unannounced))
                 del self._unannounced[datum]
-                cid = Cid.parse(datum)
-                with contextlib.suppress(
-                    GridError
-                ):  # dropped meanwhile; what failed is told again by the index
-                    content = decode_datum(await trio.to_thread.run_sync(self.store.get_object, cid)).content
-                    await self.index.provide(bytes(cid))
-                    if content is not None:
-                        await self.index.provide(bytes(content))
+                with contextlib.suppress(GridError):  # what failed is told again by the index
+                    await self._provide(datum)
+
+    async def _provide(self, datum: str) -> None:
+        keys = await trio.to_thread.run_sync(self._keys, Cid.parse(datum))
+        self._announced[datum] = keys
+        for key in keys:
+            await self.index.provide(bytes(key))
+        if self._announced.get(datum) is not keys:  # dropped meanwhile
+            await self._withdraw(keys)
+
+    def _keys(self, datum: Cid) -> tuple[Cid, ...]:
+        """What the index is told of `datum`: nothing where it is a result that somebody else made.
+
+        Such a result is here because it is wanted here; nobody else will ask for it.
+        """
+        about = decode_datum(self.store.get_object(datum))
+        is_result = isinstance(about, Tree) and any(f.path.startswith(OWN + "/") for f in about.files)
+        if is_result and about.signer != bytes(self.identity.signing_key.verify_key):
+            return ()
+        return (datum,) if about.content is None else (datum, about.content)
+
+    async def _withdraw(self, keys: Iterable[Cid]) -> None:
+        """Announce `keys` no more, but for those that other data here share."""
+        shared = {key for others in self._announced.values() for key in others}
+        for key in keys:
+            if key not in shared:
+                await self.index.withdraw(bytes(key))
 
     def reserved(self) -> int:
         """Bytes that the machines under way may yet write; the store leaves them alone from now on."""
@@ -168,12 +199,14 @@ class Node:
 
     def complete(self, datum: str) -> bool:
         """Whether every chunk of `datum` is here."""
-        return any(str(h.datum) == datum and h.chunks == h.chunks_total for h in self.store.held())
+        return self.store.complete(Cid.parse(datum))
 
     async def drop(self, datum: str) -> None:
         """Have `datum` here no more, whoever dropped it first."""
         with contextlib.suppress(NotFound):
             await trio.to_thread.run_sync(self.store.drop, Cid.parse(datum))
+        self._unannounced.pop(datum, None)
+        await self._withdraw(self._announced.pop(datum, ()))
 
     async def providers(self, datum: str) -> tuple[m.Provider, ...]:
         """Who has `datum`, as the coordinator knows; nobody where it is away or knows no such datum.

@@ -32,6 +32,12 @@ def offered(free: int, reserved: int) -> int:
     return max(0, free - MIN_FREE - reserved)
 
 
+def store_room(quota: int | None, used: int, free: int) -> int:
+    """Bytes that the store still takes of data that are not here yet."""
+    left = offered(free, 0)
+    return left if quota is None else max(0, min(left, quota - used))
+
+
 def check_inputs(size: int) -> None:
     """Raise `Refused` for inputs that no worker takes."""
     if size > INPUTS_MAX:

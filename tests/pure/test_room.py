@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from p2pgrid.dht.store import MIN_FREE
 from p2pgrid.errors import NoSpace, Refused
-from p2pgrid.node.room import INPUTS_MAX, check_fits, check_inputs, offered, reservation
+from p2pgrid.node.room import INPUTS_MAX, check_fits, check_inputs, offered, reservation, store_room
 
 GIB = 1 << 30
 sizes = st.integers(0, 100 * GIB)
@@ -24,6 +24,13 @@ def test_what_is_promised_is_not_offered_again():
     assert offered(free=30 * GIB, reserved=0) == 30 * GIB - MIN_FREE
     assert offered(free=30 * GIB, reserved=24 * GIB) == 6 * GIB - MIN_FREE
     assert offered(free=10 * GIB, reserved=24 * GIB) == 0
+
+
+def test_the_store_takes_what_its_owner_and_the_disk_allow():
+    assert store_room(None, used=5 * GIB, free=30 * GIB) == 30 * GIB - MIN_FREE
+    assert store_room(8 * GIB, used=5 * GIB, free=30 * GIB) == 3 * GIB
+    assert store_room(8 * GIB, used=5 * GIB, free=2 * GIB) == 2 * GIB - MIN_FREE
+    assert store_room(8 * GIB, used=9 * GIB, free=30 * GIB) == 0
 
 
 @given(inputs=sizes, guest=sizes, free=sizes, reserved=sizes)

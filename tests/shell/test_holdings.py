@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
 from p2pgrid import wire
 from p2pgrid.dht.publish import publish_tree
 from p2pgrid.dht.store import Held, Store
-from p2pgrid.errors import NotFound, Temporary
+from p2pgrid.errors import NoSpace, NotFound, Temporary
 from p2pgrid.ids import Cid, object_cid
 from p2pgrid.node import holdings
 from p2pgrid.node.node import Running, Trouble
+from p2pgrid.node.room import RESULT_MAX
 from p2pgrid.scheduler import messages as m
 from tests.lone_node import Lone, open_lone
 from tests.shell.test_attempt import a_disk
@@ -53,6 +55,35 @@ async def test_a_result_that_is_no_tree_is_not_collected_and_the_node_says_why(t
         assert lone.calls.collected == []
         beat = await holdings._beat(lone.node, 0.0)
         assert beat.status.startswith("the result of job.0 cannot be brought: ")
+
+
+async def test_a_datum_that_was_brought_as_a_result_and_is_none_is_dropped(tmp_path):
+    async with open_lone(tmp_path / "home") as lone:
+
+        def fetch(datum: Cid) -> None:
+            assert a_disk(lone, tmp_path) == datum
+
+        lone.peers.bring = fetch
+        datum = a_disk(lone, tmp_path)
+        lone.node.store.drop(datum)
+        await bring(lone, result(datum))
+        assert lone.peers.most == RESULT_MAX
+        assert lone.calls.collected == []
+        assert lone.node.store.held() == []
+
+
+async def test_the_store_s_room_is_told(tmp_path):
+    async with open_lone(tmp_path / "home") as lone:
+        lone.node.config = attrs.evolve(lone.node.config, quota=1 << 20)
+        a_disk(lone, tmp_path)
+        beat = await holdings._beat(lone.node, 0.0)
+        assert beat.total.store == (1 << 20) - lone.node.store.used()
+        assert not beat.cut
+        lone.node.running["job.0"] = Running("job.0", 1, tmp_path / "vm", reserved=1 << 60)
+        beat = await holdings._beat(lone.node, 0.0)
+        assert (beat.free.disk, beat.free.store) == (0, 0)
+        with pytest.raises(NoSpace):
+            lone.node.store.check_room(1)
 
 
 async def test_a_datum_that_does_not_come_is_tried_more_and_more_seldom(tmp_path):
@@ -109,4 +140,5 @@ async def test_twenty_thousand_data_fit_in_a_beat(tmp_path, monkeypatch):
         beat = await holdings._beat(lone.node, 0.0)
         assert beat.holds[0] == str(disk)
         again = wire.decode(wire.encode(beat)[wire.HEADER :], m.Beat)
-        assert len(again.holds) == holdings.HOLDS_MAX
+        assert len(again.holds) == m.HOLDS_MAX
+        assert again.cut
