@@ -103,7 +103,8 @@ class Objects:
             return here
 
     def here(self, cid: Cid) -> bool:
-        return self._path(cid).exists()
+        """Whether it is, as far as is known without looking at the disk."""
+        return cid in self._sizes
 
     def missing(self, datum: Cid) -> list[Cid]:
         family = self.family(datum)
