@@ -223,3 +223,21 @@ async def test_too_many_small_results_still_bring_the_console(tmp_path, monkeypa
         assert outcome.result is not None
         tree = Tree.decode(lone.node.store.get_object(Cid.parse(outcome.result.datum)))
         assert [f.path for f in tree.files] == [".p2pgrid/console.log"]
+
+
+async def test_packing_ends_at_once_when_the_lease_does(tmp_path, monkeypatch):
+    async with open_lone(tmp_path / "home") as lone:
+        disk, packing = a_disk(lone, tmp_path), trio.Event()
+
+        def endless(store: object, folder: Path, key: object, progress: Callable[[int, int], None]) -> None:
+            trio.from_thread.run_sync(packing.set)
+            while True:
+                progress(0, 1)
+
+        monkeypatch.setattr(attempts, "publish_tree", endless)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tried, lone, Stage(), a_grant(disk))
+                await packing.wait()
+                nursery.cancel_scope.cancel()
+        assert len(lone.node.store.held()) == 1
