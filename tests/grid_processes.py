@@ -141,10 +141,10 @@ class Daemon:
         return (self.home / launch.LOG).read_text(errors="replace")
 
     def machines(self) -> list[psutil.Process]:
-        """The virtual machines that this daemon runs."""
+        """The virtual machines that this daemon runs; not QEMU asked for its version, or as a probe."""
         with contextlib.suppress(psutil.Error):
             children = psutil.Process(self.process.pid).children(recursive=True)
-            return [c for c in children if c.status() != psutil.STATUS_ZOMBIE and c.name().startswith("qemu")]
+            return [c for c in children if c.name().startswith("qemu") and "-name" in c.cmdline()]
         return []
 
     def kill(self) -> None:
@@ -262,7 +262,9 @@ def open_grid(folder: Path, workers: int, **config: Any) -> Iterator[Grid]:
         starting = _begin(home)
         begun.append(starting.process)
         grid = Grid(folder, Daemon(home, starting.ready()), [])
-        ticket = grid.coordinator.ask("token_create", role="worker", uses=workers + 1, expires=600.0)["ticket"]
+        ticket = grid.coordinator.ask("token_create", role="worker", uses=workers + 1, expires=600.0)[
+            "ticket"
+        ]
         all_starting = []
         for i in range(workers):
             starting = _begin(grid._config(f"worker-{i}", "worker", ticket))

@@ -26,7 +26,7 @@ import trio
 
 from p2pgrid.dht.index import open_index
 from p2pgrid.dht.store import Store
-from p2pgrid.errors import Conflict, GridError, Misconfigured, Temporary, Unreachable
+from p2pgrid.errors import Conflict, GridError, Misconfigured, NotAuthorised, Temporary, Unreachable
 from p2pgrid.hole_punch.host import Host, open_host
 from p2pgrid.ids import PeerId
 from p2pgrid.node import disks, jobs
@@ -293,7 +293,8 @@ async def _stop(node: Node, args: dict[str, Any], tell: Tell) -> Any:
 
 
 async def _leave(node: Node, args: dict[str, Any], tell: Tell) -> Any:
-    with contextlib.suppress(GridError):  # whoever wants to go, goes
+    # Who is no member any more, or finds nobody there, is gone already; an owner cannot leave.
+    with contextlib.suppress(NotAuthorised, Unreachable, Temporary):
         await node.coordinator.leave()
     return {}
 
