@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from cyclopts import App
 
 SCHEMA = 1
-TASKS_MAX = 100_000
-"""Tasks of one array."""
+TASKS_MAX = 10_000
+"""Tasks of one array: what the scheduler takes (`job.ARRAY_MAX`), said before anything is published."""
 LINE_PERIOD = 5.0
 """Seconds between progress lines where stderr is not a terminal."""
 
