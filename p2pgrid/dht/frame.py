@@ -1,7 +1,7 @@
 """Squeeze a chunk into a zstd frame and back, whoever made the frame.
 
 Pure.  The wire and store form of a chunk: exactly one zstd frame, level 3, with its
-content size, without checksum (BLAKE3 names both sides) and without dictionary.
+content size, without checksum (BLAKE3 names both sides); without dictionary, but in a delta.
 
 A frame from a peer is hostile until its chunk's name was checked.  The decoder's own
 `max_output_size` does not bound a frame that *declares* its size (8,211 bytes gave
@@ -36,8 +36,10 @@ def compress(plain: bytes | memoryview) -> bytes:
     return frame
 
 
-def expand(frame: bytes | memoryview, most: int) -> bytes:
+def expand(frame: bytes | memoryview, most: int, dictionary: bytes = b"") -> bytes:
     """The plain bytes of `frame`, which must be one frame of at most `most` plain bytes.
+
+    `dictionary` is raw content that stands in front of them (`delta.py`).
 
     Raises `BadFrame` for anything else, before more than `most` bytes were allocated.
     """
@@ -52,12 +54,20 @@ def expand(frame: bytes | memoryview, most: int) -> bytes:
         raise BadFrame(why=f"a frame that does not declare at most {most} bytes")
     if declared.window_size > WINDOW_MAX or declared.dict_id or declared.has_checksum:
         raise BadFrame(why="a frame with a checksum, a dictionary or a large window")
-    if not hasattr(_mine, "decompressor"):
-        _mine.decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_MAX)
     try:
-        plain: bytes = _mine.decompressor.decompress(frame, allow_extra_data=False)
+        plain: bytes = _decompressor(dictionary).decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as broken:
         raise BadFrame(why=f"a frame that does not decode: {broken}") from None
     if len(plain) != declared.content_size:
         raise BadFrame(why="a frame of another size than it declares")
     return plain
+
+
+def _decompressor(dictionary: bytes) -> zstandard.ZstdDecompressor:
+    if dictionary:
+        raw = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+        return zstandard.ZstdDecompressor(dict_data=raw, max_window_size=WINDOW_MAX)
+    if not hasattr(_mine, "decompressor"):
+        _mine.decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_MAX)
+    kept: zstandard.ZstdDecompressor = _mine.decompressor
+    return kept
