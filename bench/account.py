@@ -1,0 +1,152 @@
+"""Account for a host's processes: the CPU that all of them took, and the most memory they had at once.
+
+CPU comes from a control group of the host's own, in either version of them, so that what short-lived
+children took is in it.  Where no group can be made it is what was last seen of each process in /proc
+(`exact` is False then: up to `PERIOD` seconds at a process's end are not seen).
+
+Memory is the sum of the processes' VmHWM (MiB), looked at every `PERIOD`: what two of them
+share counts twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+PERIOD = 0.1
+PATIENCE = 5.0
+"""Seconds until a control group has noticed that its processes are gone."""
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def _roots() -> Iterator[Path]:
+    """Where control groups count CPU here, in either version."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, place, kind, options, *_ = line.split()
+        if kind == "cgroup2" or (kind == "cgroup" and "cpuacct" in options.split(",")):
+            yield Path(place)
+
+
+def groups_of(name: str) -> list[Path]:
+    """The groups of the bench `name`."""
+    return [group for root in _roots() for group in root.glob(f"{name}-*")]
+
+
+def remove_group(group: Path) -> None:
+    """Its processes have been killed, and may take a moment to be gone."""
+    limit = time.monotonic() + PATIENCE
+    while group.exists():
+        try:
+            group.rmdir()
+        except OSError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.01)
+
+
+def spent(pid: int) -> float:
+    """CPU seconds of the process so far, user and system, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def peak(pid: int) -> int:
+    """The most memory the process had, KiB, since its start or `forget_peak`; 0 where it is ending."""
+    _, found, rest = Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")
+    return int(rest.split()[0]) if found else 0
+
+
+def forget_peak(pid: int) -> None:
+    """Let `peak` begin anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+class Account:
+    """Of the processes that are started by `words()` and told to `watch()`, and of their children."""
+
+    def __init__(self, name: str) -> None:
+        self._group: Path | None = None
+        for root in _roots():
+            with contextlib.suppress(OSError):
+                (root / name).mkdir()
+                self._group = root / name
+                break
+        self._roots: list[int] = []
+        self._seen: dict[int, float] = {}
+        self._most = 0
+
+    @property
+    def exact(self) -> bool:
+        return self._group is not None
+
+    def words(self, command: Sequence[str]) -> list[str]:
+        if self._group is None:
+            return list(command)
+        return ["sh", "-c", 'echo 0 > "$0"; exec "$@"', str(self._group / "cgroup.procs"), *command]
+
+    def watch(self, pid: int) -> None:
+        self._roots.append(pid)
+
+    def look(self) -> None:
+        """See who runs, and how much memory and CPU each has."""
+        memory = 0
+        for pid in self._pids():
+            with contextlib.suppress(OSError, ValueError):
+                memory += peak(pid)
+                self._seen[pid] = spent(pid)
+        self._most = max(self._most, memory)
+
+    def cpu(self) -> float:
+        """Seconds so far."""
+        if self._group is None:
+            self.look()
+            return sum(self._seen.values())
+        with contextlib.suppress(FileNotFoundError):
+            return int((self._group / "cpuacct.usage").read_text()) / 1e9
+        return int((self._group / "cpu.stat").read_text().split()[1]) / 1e6
+
+    def forget_peak(self) -> None:
+        for pid in self._pids():
+            with contextlib.suppress(OSError):
+                forget_peak(pid)
+        self._most = 0
+
+    def peak(self) -> float:
+        """MiB."""
+        self.look()
+        return self._most / 1024
+
+    def _pids(self) -> Iterable[int]:
+        if self._group is not None:
+            return map(int, (self._group / "cgroup.procs").read_text().split())
+        found = set()
+        for pid in self._roots:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                found |= {pid, *(child.pid for child in process.children(recursive=True))}
+        return found
+
+
+@contextlib.contextmanager
+def looking(accounts: Sequence[Account]) -> Iterator[None]:
+    """Look at all of them every `PERIOD` while the block runs."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(PERIOD):
+            for account in accounts:
+                account.look()
+
+    eyes = threading.Thread(target=look, daemon=True)
+    eyes.start()
+    try:
+        yield
+    finally:
+        over.set()
+        eyes.join()
