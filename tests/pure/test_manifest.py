@@ -21,6 +21,7 @@ from p2pgrid.dht.manifest import (
     PAGE_SPAN,
     SIZE_MAX,
     Content,
+    Delta,
     Disk,
     File,
     Guest,
@@ -31,6 +32,7 @@ from p2pgrid.dht.manifest import (
     Tree,
     Zeros,
     decode_datum,
+    decode_pack,
     decode_page,
     decode_segments,
     encode_frames,
@@ -77,6 +79,13 @@ def packs(draw):
 
 
 @st.composite
+def deltas(draw):
+    pack = draw(packs())
+    parent = draw(cids.filter(lambda cid: cid != pack.content))
+    return signed(Delta(pack.content, parent, draw(cids), pack.count, pack.pages, b""), KEY)
+
+
+@st.composite
 def trees(draw):
     names = draw(st.lists(paths, max_size=5, unique=True))
     folders = set(manifest._folders(names))
@@ -100,8 +109,8 @@ segments = st.lists(
     | st.builds(Zeros, st.integers(0, 2 * SIZE_MAX)),
     max_size=8,
 )
-objects = contents() | packs() | trees() | recipes() | disks
-KINDS = (Content, Pack, Tree, Recipe, Disk)
+objects = contents() | packs() | deltas() | trees() | recipes() | disks
+KINDS = (Content, Pack, Delta, Tree, Recipe, Disk)
 
 
 @given(st.dictionaries(st.text(), values, max_size=5).filter(lambda v: _depth(v) <= 7))
@@ -134,7 +143,7 @@ def test_a_changed_byte_never_passes(thing, data):
     changed = bytes(whole)
     with pytest.raises(BadObject):
         verified(name, changed)
-    if isinstance(thing, Pack | Tree | Disk):
+    if isinstance(thing, Pack | Delta | Tree | Disk):
         with pytest.raises(BadObject):
             type(thing).decode(changed)
     else:
@@ -144,6 +153,7 @@ def test_a_changed_byte_never_passes(thing, data):
 @pytest.mark.parametrize("thing", [
     Content(CHUNK_SIZE + 1, CHUNK_SIZE, (Cid(DAG_CBOR, bytes(32)),)),
     signed(Pack(Cid(DAG_CBOR, bytes(32)), 1, (Cid(DAG_CBOR, bytes(32)),), b""), KEY),
+    signed(Delta(*[Cid(DAG_CBOR, bytes([i] * 32)) for i in range(3)], 1, (Cid(RAW, bytes(32)),), b""), KEY),
     Recipe("vdi", True, 5, (Cid(DAG_CBOR, bytes(32)),)),
     signed(Disk(*[Cid(DAG_CBOR, bytes([i] * 32)) for i in range(3)], b""), KEY),
     signed(Tree((File("a/b", 1, True), File("c", 0, False)), *[Cid(DAG_CBOR, bytes(32))] * 2, b""), KEY),
@@ -308,6 +318,50 @@ def test_frames_come_back_in_pages():
             read_frames(Pack(pack.content, 1, (object_cid(page),), b""), {object_cid(page): page}.__getitem__)
 
 
+def test_a_delta_lists_digests_only_of_what_its_parent_lacks():
+    lengths = [i % 3 * 7 for i in range(PAGE_SPAN + 3)]
+    names = [digest(i.to_bytes(4, "big")) if n else b"" for i, n in enumerate(lengths)]
+    pages = [encode_frames(lengths[i : i + PAGE_SPAN], names[i : i + PAGE_SPAN]) for i in (0, PAGE_SPAN)]
+    shelf = {object_cid(page): page for page in pages}
+    content, parent, base = (Cid(DAG_CBOR, bytes([i] * 32)) for i in range(3))
+    delta = signed(Delta(content, parent, base, len(lengths), tuple(shelf), b""), KEY)
+    assert decode_pack(delta.encode()) == delta
+    frames = read_frames(delta, shelf.__getitem__)
+    assert (list(frames.lengths), list(frames.digests)) == (lengths, names)
+    assert frames.offsets()[-1] == sum(lengths)
+    full = signed(Pack(content, len(lengths), tuple(shelf), b""), KEY)
+    assert decode_pack(full.encode()) == full
+    with pytest.raises(BadObject):  # a pack tells every frame
+        read_frames(full, shelf.__getitem__)
+
+
+def test_what_no_delta_is_is_refused():
+    cid, other, base = (Cid(DAG_CBOR, bytes([i] * 32)) for i in range(3))
+    delta = signed(Delta(cid, other, base, 1, (base,), b""), KEY)
+    pack = signed(Pack(cid, 1, (base,), b""), KEY)
+    for wrong in (
+        signed(Delta(cid, cid, base, 1, (base,), b""), KEY),  # its own parent
+        signed(Delta(cid, other, base, 1, (), b""), KEY),
+        signed(Delta(cid, other, base, (1 << 45) // CHUNK_SIZE + 1, (base,), b""), KEY),
+        Delta(cid, base, other, 1, (base,), delta.signer, delta.signature),
+        Delta(cid, other, base, 1, (base,), pack.signer, pack.signature),
+        pack,
+    ):
+        with pytest.raises(BadObject):
+            Delta.decode(wrong.encode())
+    with pytest.raises(BadObject):
+        Pack.decode(delta.encode())
+    for lengths, hashes in (([0, 5], 2), ([5, 5], 1), ([0, 0], 1), ([5, 0], 0)):
+        packed = b"".join(n.to_bytes(4, "big") for n in lengths)
+        page = encode({"v": 1, "kind": "frames", "lengths": packed, "digests": bytes(32 * hashes)})
+        listed = signed(Delta(cid, other, base, 2, (object_cid(page),), b""), KEY)
+        with pytest.raises(BadObject):
+            read_frames(listed, {object_cid(page): page}.__getitem__)
+    long = encode_frames([FRAME_MAX + 1], [bytes(32)])
+    with pytest.raises(BadObject):
+        read_frames(delta, lambda _: long)
+
+
 @given(segments)
 def test_segments_come_back(given):
     assert decode_segments(encode_segments(given)) == given
@@ -342,7 +396,7 @@ def test_a_signature_holds_for_one_kind_and_one_key():
         Disk(disk.content, disk.pack, disk.recipe, disk.signer, bytes(64)),
         Disk(disk.content, disk.pack, disk.recipe, bytes(32), bytes(64)),
         Disk(disk.content, disk.pack, disk.recipe, disk.signer[:31], disk.signature),
-        Disk(disk.content, disk.pack, disk.recipe, disk.signer, KEY.sign(encode(disk._fields())).signature),
+        Disk(disk.content, disk.pack, disk.recipe, disk.signer, KEY.sign(encode(disk.fields())).signature),
     ):
         with pytest.raises(BadObject):
             Disk.decode(forged.encode())

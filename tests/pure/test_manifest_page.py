@@ -16,6 +16,7 @@ from p2pgrid.dht.manifest import (
     OBJECT_MAX,
     PAGE_SPAN,
     Content,
+    Delta,
     Disk,
     File,
     Guest,
@@ -35,7 +36,7 @@ from p2pgrid.dht.manifest import (
     verified,
 )
 from p2pgrid.errors import BadObject
-from p2pgrid.ids import Cid, digest
+from p2pgrid.ids import Cid, digest, object_cid
 
 PAGE = (Path(__file__).parents[2] / "docs/protocols/manifest.md").read_text()
 KEY = SigningKey(bytes(range(32)))
@@ -59,9 +60,23 @@ def link(kind: str) -> Cid:
     return VECTORS[kind][0]
 
 
+def parent() -> list[bytes]:
+    """Page, content, frames and pack of the delta's parent."""
+    page = encode_page([digest(FIRST)])
+    assert page is not None
+    content = Content(CHUNK_SIZE, CHUNK_SIZE, (object_cid(page),)).encode()
+    frames = encode_frames([len(FRAMES[0])], [digest(FRAMES[0])])
+    pack = signed(Pack(object_cid(content), 1, (object_cid(frames),), b""), KEY).encode()
+    return [page, content, frames, pack]
+
+
+PARENT = parent()
+TOLD = bytes.fromhex("010000") + FRAMES[1]
+
+
 def test_every_kind_has_a_vector_and_its_name_holds():
-    kinds = {"content", "page", "pack", "frames", "recipe", "segments", "disk", "tree"}
-    assert VECTORS.keys() == kinds
+    kinds = {"content", "page", "pack", "frames", "delta", "recipe", "segments", "disk", "tree"}
+    assert VECTORS.keys() == kinds | {"frames of the delta"}
     for cid, data in VECTORS.values():
         assert verified(cid, data) == data
 
@@ -72,6 +87,9 @@ def test_writing_gives_the_bytes_on_the_page():
         "content": Content(SIZE, CHUNK_SIZE, (link("page"),)).encode(),
         "frames": encode_frames([len(f) for f in FRAMES], [digest(f) for f in FRAMES]),
         "pack": signed(Pack(link("content"), 2, (link("frames"),), b""), KEY).encode(),
+        "frames of the delta": encode_frames([0, len(TOLD)], [b"", digest(TOLD)]),
+        "delta": signed(Delta(link("content"), object_cid(PARENT[1]), object_cid(PARENT[3]), 2,
+                              (link("frames of the delta"),), b""), KEY).encode(),
         "segments": encode_segments([Literal(b"head"), Guest(0, SIZE), Zeros(500)]),
         "recipe": Recipe("vdi", True, SIZE + 504, (link("segments"),)).encode(),
         "disk": signed(Disk(link("content"), link("pack"), link("recipe"), b""), KEY).encode(),
@@ -90,6 +108,11 @@ def test_reading_gives_what_the_page_says():
     frames = read_frames(pack, OBJECTS.__getitem__)
     assert frames.digests == tuple(digest(f) for f in FRAMES)
     assert frames.lengths == tuple(map(len, FRAMES))
+    delta = Delta.decode(OBJECTS[link("delta")])
+    told = read_frames(delta, OBJECTS.__getitem__)
+    assert told.lengths == (0, len(TOLD))
+    assert told.digests == (b"", digest(TOLD))
+    assert Pack.decode(PARENT[3]).content == delta.parent
     recipe = Recipe.decode(OBJECTS[disk.recipe])
     assert decode_segments(OBJECTS[recipe.pages[0]]) == [Literal(b"head"), Guest(0, SIZE), Zeros(500)]
     assert Tree.decode(OBJECTS[link("tree")]).files[1] == File("run.sh", 8, True)
