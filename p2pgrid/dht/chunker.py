@@ -29,6 +29,9 @@ def length_at(size: int, position: int) -> int:
     return min(CHUNK_SIZE, size - position * CHUNK_SIZE)
 
 
-def is_zero(plain: bytes | memoryview) -> bool:
-    """Whether `plain` (at most a chunk) is all zero; a comparison stops at the first difference."""
+def is_zero(plain: bytes | bytearray | memoryview) -> bool:
+    """Whether `plain` (at most a chunk) is all zero; a comparison stops at the first difference.
+
+    A `memoryview` is compared byte by byte: slow.
+    """
     return plain == (_ZEROS if len(plain) == CHUNK_SIZE else _ZEROS[: len(plain)])

@@ -20,6 +20,7 @@ import itertools
 import os
 import stat
 import sys
+import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -97,6 +98,18 @@ class Source:
             offset += len(part)
             length -= len(part)
         return b"".join(parts)
+
+    def pread_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view`, which is somebody's buffer: nothing is allocated."""
+        self.need(offset + len(view) <= self.file_size, "the file ends inside its data; it is truncated")
+        while view:
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as broken:
+                raise self.refusal(f"its data cannot be read: {broken.strerror}") from None
+            self.need(count > 0, "the file became shorter while it was read")
+            view = view[count:]
+            offset += count
 
     def table(
         self, code: Among["I", "Q"], offset: int, count: int, order: Among["big", "little"], what: str
@@ -214,7 +227,7 @@ class Mapped:
         self._source = source
         self._runs = runs
         self._unpack = unpack
-        self._last: tuple[int, bytes] = (-1, b"")
+        self._kept = threading.local()  # what a thread unpacked last: the next chunk often lies in it
 
     def close(self) -> None:
         self._source.close()
@@ -245,40 +258,40 @@ class Mapped:
                     yield guest + at - host, span
 
     def read(self, offset: int, length: int) -> bytes:
-        assert min(offset, length) >= 0
-        assert offset + length <= self.size
+        buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with the guest's bytes from `offset` on."""
+        end = offset + len(view)
+        assert 0 <= offset <= end <= self.size
         guest, host, lengths = self._runs.guest, self._runs.host, self._runs.length
         i = max(bisect_right(guest, offset) - 1, 0)
-        end = offset + length
-        parts: list[bytes] = []
-        while offset < end and i < len(guest):
-            skip = offset - guest[i]
+        while view:
+            skip = offset - guest[i] if i < len(guest) else offset - end
             if skip < 0:
-                hole = min(-skip, end - offset)
-                parts.append(bytes(hole))
-                offset += hole
-                continue
-            span = min(lengths[i] - skip, end - offset)
-            if span > 0:
-                if self._runs.packed[i]:
-                    parts.append(self._unpacked(i)[skip : skip + span])
-                else:
-                    parts.append(self._source.pread(host[i] + skip, span))
-                offset += span
-            i += 1
-        if offset < end:
-            parts.append(bytes(end - offset))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+                span = min(-skip, len(view))
+                view[:span] = bytes(span)
+            else:
+                span = max(min(lengths[i] - skip, len(view)), 0)
+                if span and self._runs.packed[i]:
+                    view[:span] = self._unpacked(i)[skip : skip + span]
+                elif span:
+                    self._source.pread_into(host[i] + skip, view[:span])
+                i += 1
+            view = view[span:]
+            offset += span
 
     def _unpacked(self, i: int) -> bytes:
-        last, data = self._last
-        if last != i:
+        last: tuple[int, bytes] = getattr(self._kept, "last", (-1, b""))
+        if last[0] != i:
             assert self._unpack is not None
             runs = self._runs
             data = self._unpack(runs.guest[i], runs.host[i], runs.packed[i])
             self._source.need(len(data) >= runs.length[i], "a compressed block is shorter than it must be")
-            self._last = (i, data)
-        return data
+            last = self._kept.last = (i, data)
+        return last[1]
 
     def segments(self) -> Iterator[Segment]:
         """The file from its first to its last byte; at the end it must be unchanged."""

@@ -26,7 +26,7 @@ MAGIC = b"\x28\xb5\x2f\xfd"
 _mine = threading.local()  # a zstd context serves one thread at a time
 
 
-def compress(plain: bytes | memoryview) -> bytes:
+def compress(plain: bytes | bytearray | memoryview) -> bytes:
     """The frame of `plain`; the same bytes every time with one version of zstd."""
     if not hasattr(_mine, "compressor"):
         _mine.compressor = zstandard.ZstdCompressor(

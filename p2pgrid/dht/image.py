@@ -43,6 +43,10 @@ class Image(Protocol):
         """Guest bytes; zero where nothing is allocated.  Raises `ImageRefused` where they do not decode."""
         ...
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with guest bytes, as `read` gives them."""
+        ...
+
     def segments(self) -> Iterator[Segment]:
         """The container file in file order, only where `exact`; ends in `check_unchanged`."""
         ...

@@ -1,55 +1,97 @@
-"""Turn a stream of chunks into a content and a pack: name, leave holes out, squeeze, write.
+"""Turn a space of bytes into a content and a pack: read, leave holes out, name, squeeze, write.
 
-    caller's thread:  read a batch, drop zeros, name, drop what was seen │ ... │ write in order
-    pool of threads:                                          compress   │ (hash and zstd
-                                                                         │  release the GIL)
+    pool of threads, a batch of positions at a time            caller's thread
+    read into a buffer │ zero? │ name │ known? │ squeeze  ──>  in order: index, write
+    (reading, hashing and zstd release the GIL)
 
-Frames land in one new file, in index order, each once.  A chunk that a pack of the same
-signer holds already is not compressed again: its frame's place is left open and filled
-at the end, unless the whole pack turns out to be here (the same disk put twice), and then
-nothing is written at all.  Frames of other signers are never signed as ours.
+Nobody but the pool touches plain bytes; the caller's thread keeps the order.  Frames land in
+one new file, in index order, each once.  Which frames those are is the `Coding`'s business:
+how a chunk is squeezed, which packs here have frames that may be taken as they are, and what
+object lists them.  A frame that lies here already is not made again: its place is left open
+and filled at the end, unless the whole pack turns out to be here (the same disk put twice),
+and then nothing is written at all.
 
-Memory: `AHEAD` batches and about 100 bytes a chunk.
+A chunk that stands in many places is squeezed where it stands first, whichever thread
+meets it first: the same bytes give the same pack.
+
+Memory: a batch of frames for each thread and `AHEAD` more, and about 250 bytes a chunk.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import attrs
 from nacl.signing import SigningKey
 
-from p2pgrid.dht.chunker import is_zero
+from p2pgrid.dht.chunker import is_zero, length_at
 from p2pgrid.dht.files import explained, write_all
 from p2pgrid.dht.frame import compress
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     PAGE_SPAN,
     Content,
-    Names,
     Pack,
     encode_frames,
     encode_page,
     signed,
 )
+from p2pgrid.dht.places import Places
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
-from p2pgrid.ids import Cid, digest
+from p2pgrid.ids import DIGEST_SIZE, Cid, digest
 
 BATCH = 16
-"""Chunks (4 MiB) that travel to a thread and back together."""
-AHEAD = 3
-"""Batches under way: one for each thread, and one so that none waits."""
-THREADS = 2
+"""Chunks (4 MiB) that a thread takes at a time: a few ms of work, so that cancelling is quick."""
+AHEAD = 2
+"""Batches that wait beside those in work, so that no thread does."""
+THREADS_MAX = 8
+"""A thread that reads and names needs the GIL for a tenth of its time."""
 SHORT = 1000
 """Frames of a pack that is looked through by one table with all short ones."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all; what it raises ends the work, and leaves nothing."""
+Read = Callable[[int, memoryview], None]
+"""(offset, view): fill the view with the bytes of the space from `offset` on.  Called in any thread."""
+Squeeze = Callable[[int, bytearray], bytes]
+"""(position, plain bytes): the chunk's frame, "" where the pack needs none.  Called in any thread, out
+of order; the plain bytes are good until it returns."""
+Seal = Callable[[Cid, Sequence[int], Sequence[bytes]], Cid]
+"""(content, lengths, digests of the frames by index): put the objects that list the frames."""
+
+
+@attrs.frozen
+class Coding:
+    """One way to make the frames of a pack."""
+
+    squeeze: Squeeze
+    known: Sequence[Shelf]
+    """Packs here whose frames may be taken as they are."""
+    seal: Seal
+
+
+def full_coding(store: Store, key: SigningKey) -> Coding:
+    """Frames that need nothing else; those of other signers are never signed as ours."""
+    me = bytes(key.verify_key)
+
+    def seal(content: Cid, lengths: Sequence[int], digests: Sequence[bytes]) -> Cid:
+        lists: list[Cid] = []
+        for first in range(0, len(lengths), PAGE_SPAN):
+            span = slice(first, first + PAGE_SPAN)
+            lists.append(store.put_object(encode_frames(lengths[span], digests[span])))
+        return store.put_object(signed(Pack(content, len(lengths), tuple(lists), b""), key).encode())
+
+    known = [shelf for shelf in store.shelves() if shelf.count and shelf.signer == me]
+    return Coding(lambda position, plain: compress(plain), known, seal)
 
 
 @attrs.frozen
@@ -67,94 +109,123 @@ class Pressed:
 
 def press(
     store: Store,
-    key: SigningKey,
     size: int,
-    chunks: Iterable[tuple[int, bytes]],
+    positions: Iterable[int],
+    read: Read,
+    coding: Coding,
     staged: Path,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> Pressed:
-    """Press (position, plain bytes) pairs, ascending, of a space of `size` bytes; the rest is holes."""
-    sheet = _Sheet(store, key, size, staged / "frames")
+    """Press the chunks at `positions` (ascending) of a space of `size` bytes; the rest is holes."""
+    threads = min(len(os.sched_getaffinity(0)), THREADS_MAX)
+    sheet = _Sheet(store, size, coding, staged, progress)
+    bench = _Bench(size, read, coding, sheet.names.by_name)
+    pool = ThreadPoolExecutor(threads, "press")
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            waiting: deque[Future[list[bytes | _Old]]] = deque()
-            for batch in _batches(chunks):
-                waiting.append(pool.submit(_squeeze, sheet.name(batch)))
-                if len(waiting) > AHEAD:
-                    sheet.write(waiting.popleft().result())
-                if progress is not None:
-                    progress(min(batch[-1][0] * CHUNK_SIZE + len(batch[-1][1]), size), size)
-            while waiting:
-                sheet.write(waiting.popleft().result())
-        pressed = sheet.finish(staged)
+        waiting: deque[Future[list[_Piece]]] = deque()
+        for batch in _batches(positions):
+            waiting.append(pool.submit(bench.work, batch))
+            if len(waiting) >= threads + AHEAD:
+                _write(waiting.popleft().result(), sheet, bench)
+        while waiting:
+            _write(waiting.popleft().result(), sheet, bench)
+        return sheet.finish()
     finally:
+        pool.shutdown(cancel_futures=True)
         sheet.close()
-    if progress is not None:
-        progress(size, size)
-    return pressed
 
 
-@attrs.frozen
-class _Old:
-    """A chunk whose frame lies at `index` of another pack that the same signer made."""
-
-    shelf: Shelf
-    index: int
+def _write(pieces: list[_Piece], sheet: _Sheet, bench: _Bench) -> None:
+    sheet.write(pieces)
+    bench.settle(pieces)
 
 
-def _squeeze(fresh: list[bytes | _Old]) -> list[bytes | _Old]:
-    return [item if isinstance(item, _Old) else compress(item) for item in fresh]
-
-
-def _batches(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
-    batch: list[tuple[int, bytes]] = []
-    for item in chunks:
-        batch.append(item)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
+def _batches(positions: Iterable[int]) -> Iterator[list[int]]:
+    following = iter(positions)
+    while batch := list(itertools.islice(following, BATCH)):
         yield batch
 
 
-class _Sheet:
-    """The names, lengths and digests so far, and the file of frames that grows with them."""
+class _Old(NamedTuple):
+    """The frame of a pack here that stands at index `place`."""
 
-    def __init__(self, store: Store, key: SigningKey, size: int, path: Path) -> None:
-        self._store = store
-        self._key = key
+    shelf: Shelf
+    place: int
+
+
+class _Fresh(NamedTuple):
+    """A frame that was just made, and its digest."""
+
+    frame: bytes
+    digest: bytes
+
+
+class _Piece(NamedTuple):
+    """What a thread found at a position: a hole, a chunk that was met before, or one with its frame."""
+
+    position: int
+    length: int
+    name: bytes | None
+    frame: _Old | _Fresh | None
+
+
+class _Bench:
+    """What the threads of the pool share."""
+
+    def __init__(self, size: int, read: Read, coding: Coding, indexed: dict[bytes, int]) -> None:
         self._size = size
-        self._path = path
-        self._names: Names = [None] * -(-size // CHUNK_SIZE)
-        self._seen: set[bytes] = set()
-        self._unique_bytes = 0
-        self._lengths: list[int] = []
-        self._digests: list[bytes] = []
-        self._offset = 0
-        self._open_places: list[tuple[int, _Old]] = []
-        own = _shelves_of(store, key)
-        self._long = [shelf for shelf in own if len(shelf.layout.frames) > SHORT]
+        self._read = read
+        self._squeeze = coding.squeeze
+        self._indexed = indexed
+        """Names that were written: the caller's thread adds them."""
+        self._claims: dict[bytes, int] = {}
+        """Name to the lowest position that a thread met it at, until it is written."""
+        self._mine = threading.local()
+        self._long = [shelf for shelf in coding.known if len(shelf.layout.frames) > SHORT]
         # A node holds thousands of result trees: to ask each of them for every chunk would be slow.
-        self._short = {name: s for s in own if len(s.layout.frames) <= SHORT for name in s.layout.frames}
-        with explained(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._short = {
+            name: shelf
+            for shelf in coding.known
+            if len(shelf.layout.frames) <= SHORT
+            for name in shelf.layout.frames
+        }
 
-    def close(self) -> None:
-        os.close(self._fd)
+    def work(self, batch: list[int]) -> list[_Piece]:
+        """Read and name the chunks of `batch`, and squeeze those that were not met before."""
+        if not hasattr(self._mine, "buffer"):
+            self._mine.buffer = bytearray(CHUNK_SIZE)
+        return [self._piece(position, self._mine.buffer) for position in batch]
 
-    def name(self, batch: list[tuple[int, bytes]]) -> list[bytes | _Old]:
-        """Name the chunks of `batch`; those that nobody has named before, in order."""
-        fresh: list[bytes | _Old] = []
-        for position, plain in batch:
-            if is_zero(plain):
-                continue
-            name = digest(plain)
-            self._names[position] = name
-            if name not in self._seen:
-                self._seen.add(name)
-                self._unique_bytes += len(plain)
-                fresh.append(self._old(name) or plain)
-        return fresh
+    def _piece(self, position: int, buffer: bytearray) -> _Piece:
+        length = length_at(self._size, position)
+        plain = buffer if length == CHUNK_SIZE else bytearray(length)
+        self._read(position * CHUNK_SIZE, memoryview(plain))
+        if is_zero(plain):
+            return _Piece(position, length, None, None)
+        name = digest(plain)
+        if name in self._indexed or not self._claim(name, position):
+            return _Piece(position, length, name, None)
+        old = self._old(name)
+        if old is not None:
+            return _Piece(position, length, name, old)
+        frame = self._squeeze(position, plain)
+        return _Piece(position, length, name, _Fresh(frame, digest(frame)))
+
+    def _claim(self, name: bytes, position: int) -> bool:
+        """Whether no thread met `name` at a lower position; then its frame is made here.
+
+        Two threads may both be told so, and the caller's thread takes what stands first.
+        """
+        if self._claims.setdefault(name, position) < position:
+            return False
+        self._claims[name] = position
+        return True
+
+    def settle(self, pieces: list[_Piece]) -> None:
+        """Forget the claims of what was written."""
+        for piece in pieces:
+            if piece.name is not None:
+                self._claims.pop(piece.name, None)
 
     def _old(self, name: bytes) -> _Old | None:
         short = self._short.get(name)
@@ -164,53 +235,90 @@ class _Sheet:
                 return _Old(shelf, index)
         return None
 
-    def write(self, frames: list[bytes | _Old]) -> None:
-        """Append `frames`; a place is left open for those that other packs hold."""
-        self._store.check_room(self._offset, self._offset)
-        for item in frames:
-            if isinstance(item, _Old):
-                length = item.shelf.frames.lengths[item.index]
-                self._digests.append(item.shelf.frames.digests[item.index])
-                self._open_places.append((self._offset, item))
-            else:
-                length = len(item)
-                self._digests.append(digest(item))
-                with explained(self._path, length):
-                    write_all(self._fd, item, self._offset)
-            self._lengths.append(length)
-            self._offset += length
 
-    def finish(self, staged: Path) -> Pressed:
+class _Sheet:
+    """The names, lengths and digests so far, and the file of frames that grows with them."""
+
+    def __init__(
+        self, store: Store, size: int, coding: Coding, staged: Path, progress: Progress | None
+    ) -> None:
+        self.names = Places()
+        self._store = store
+        self._size = size
+        self._seal = coding.seal
+        self._staged = staged
+        self._path = staged / "frames"
+        self._tell = progress or (lambda done, total: None)
+        self._unique_bytes = 0
+        self._lengths = array("I")
+        self._digests = bytearray()
+        self._offset = 0
+        self._open_places: list[tuple[int, _Old]] = []
+        with explained(self._path):
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def write(self, pieces: list[_Piece]) -> None:
+        """Append what a thread found next."""
+        self._store.check_room(self._offset, self._offset)
+        for piece in pieces:
+            if piece.name is None:
+                continue
+            self.names.skip(piece.position - len(self.names))
+            count = len(self.names.by_name)
+            self.names.extend((piece.name,))
+            if len(self.names.by_name) > count:
+                self._unique_bytes += piece.length
+                self._append(piece.frame)
+        last = pieces[-1]
+        self._tell(last.position * CHUNK_SIZE + last.length, self._size)
+
+    def _append(self, made: _Old | _Fresh | None) -> None:
+        """The frame with the next index; a place is left open for one that another pack holds."""
+        match made:
+            case _Fresh(frame, name):
+                length = len(frame)
+                with explained(self._path, length):
+                    write_all(self._fd, frame, self._offset)
+            case _Old(shelf, place):
+                length, name = shelf.frames.lengths[place], shelf.frames.digests[place]
+                self._open_places.append((self._offset, made))
+            case None:
+                raise AssertionError("the first of equal chunks has a frame")
+        self._lengths.append(length)
+        self._digests += name
+        self._offset += length
+
+    def finish(self) -> Pressed:
         """Put the objects, and fill the open places unless the pack is here already."""
-        content, pack = self._objects()
+        self.names.skip(-(-self._size // CHUNK_SIZE) - len(self.names))
+        content = self._put_content()
+        digests = [
+            bytes(self._digests[at : at + DIGEST_SIZE]) for at in range(0, len(self._digests), DIGEST_SIZE)
+        ]
+        pack = self._seal(content, self._lengths, digests)
         shelf = self._store.shelf(pack)
         here = shelf is not None and shelf.complete
         if not here:
-            self._store.check_room(self._offset, self._offset)
-            for offset, old in self._open_places:
-                frame = old.shelf.get_frame(old.index)
-                with explained(self._path, len(frame)):
-                    write_all(self._fd, frame, offset)
-        holes = self._names.count(None)
-        return Pressed(content, pack, None if here else staged, len(self._lengths), holes,
+            self._fill()
+        self._tell(self._size, self._size)
+        return Pressed(content, pack, None if here else self._staged, len(self._lengths), self.names.holes,
                        self._unique_bytes, self._offset)  # fmt: skip
 
-    def _objects(self) -> tuple[Cid, Cid]:
-        put = self._store.put_object
+    def _put_content(self) -> Cid:
         pages: list[Cid | None] = []
-        for first in range(0, len(self._names), PAGE_SPAN):
-            page = encode_page(self._names[first : first + PAGE_SPAN])
-            pages.append(None if page is None else put(page))
-        content = put(Content(self._size, CHUNK_SIZE, tuple(pages)).encode())
-        lists: list[Cid] = []
-        for first in range(0, len(self._lengths), PAGE_SPAN):
-            span = slice(first, first + PAGE_SPAN)
-            lists.append(put(encode_frames(self._lengths[span], self._digests[span])))
-        pack = Pack(content, len(self._lengths), tuple(lists), b"")
-        return content, put(signed(pack, self._key).encode())
+        for first in range(0, len(self.names), PAGE_SPAN):
+            hole = self.names.next_chunk(first) >= first + PAGE_SPAN
+            page = None if hole else encode_page(self.names[first : first + PAGE_SPAN])
+            pages.append(None if page is None else self._store.put_object(page))
+        return self._store.put_object(Content(self._size, CHUNK_SIZE, tuple(pages)).encode())
 
-
-def _shelves_of(store: Store, key: SigningKey) -> list[Shelf]:
-    """Packs here that `key` signed."""
-    me = bytes(key.verify_key)
-    return [shelf for shelf in store.shelves() if shelf.count and shelf.signer == me]
+    def _fill(self) -> None:
+        self._store.check_room(self._offset, self._offset)
+        for offset, old in self._open_places:
+            frame = old.shelf.get_frame(old.place)
+            with explained(self._path, len(frame)):
+                write_all(self._fd, frame, offset)
+            self._tell(self._size, self._size)

@@ -6,16 +6,18 @@ killed leaves nothing.  The same bytes under the same key give the same datum.
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 from nacl.signing import SigningKey
 
-from p2pgrid.dht.chunker import length_at, positions
+from p2pgrid.dht.chunker import positions
 from p2pgrid.dht.files import explained
 from p2pgrid.dht.image import Image, open_image
 from p2pgrid.dht.manifest import (
@@ -31,7 +33,7 @@ from p2pgrid.dht.manifest import (
     signed,
 )
 from p2pgrid.dht.objects import recipe_pages_max
-from p2pgrid.dht.press import Pressed, Progress, press
+from p2pgrid.dht.press import Pressed, Progress, full_coding, press
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import ImageRefused, Misused, Temporary
 from p2pgrid.ids import Cid
@@ -74,7 +76,9 @@ def publish_disk(store: Store, path: Path, key: SigningKey, progress: Progress |
     try:
         with store.staging() as staged, store.staging() as aside:
             count = _write_pages(store, image, path, aside)  # first: what cannot travel is not pressed
-            pressed = press(store, key, image.size, _chunks(image), staged, progress)
+            places = positions(image.size, image.extents())
+            coding = full_coding(store, key)
+            pressed = press(store, image.size, places, image.read_into, coding, staged, progress)
             image.check_unchanged()
             pages = tuple(store.put_object((aside / str(n)).read_bytes()) for n in range(count))
             recipe = store.put_object(Recipe(image.format, image.exact, image.file_size, pages).encode())
@@ -109,11 +113,6 @@ def _write_pages(store: Store, image: Image, path: Path, aside: Path) -> int:
     return count
 
 
-def _chunks(image: Image) -> Iterator[tuple[int, bytes]]:
-    for position in positions(image.size, image.extents()):
-        yield position, image.read(position * CHUNK_SIZE, length_at(image.size, position))
-
-
 def _published(datum: Cid, pressed: Pressed, size: int, began: float) -> Published:
     return Published(datum, pressed.content, size, pressed.chunks, pressed.holes,
                      pressed.unique_bytes, pressed.wire_bytes, time.monotonic() - began)  # fmt: skip
@@ -139,7 +138,10 @@ def publish_tree(store: Store, folder: Path, key: SigningKey, progress: Progress
             store.adopt(datum, staged)
         return Published(datum, None, 0, 0, 0, 0, 0, time.monotonic() - began)
     with store.staging() as staged:
-        pressed = press(store, key, size, _stream(folder, files), staged, progress)
+        run = _Run(folder, files)
+        places = range(-(-size // CHUNK_SIZE))
+        pressed = press(store, size, places, run.read_into, full_coding(store, key), staged, progress)
+        run.check_unchanged()
         datum = _put_tree(store, Tree(tuple(files), pressed.content, pressed.pack, b""), key)
         store.adopt(datum, pressed.staged)
     return _published(datum, pressed, size, began)
@@ -175,34 +177,57 @@ def _unreadable(refused: OSError) -> None:
     raise Misused(why=f"{refused.filename} cannot be read: {refused.strerror}") from refused
 
 
-def _stream(folder: Path, files: Iterable[File]) -> Iterator[tuple[int, bytes]]:
-    """The files one after the other, cut into chunks."""
-    position = 0
-    rest = bytearray()
-    for file in files:
-        for piece in _pieces(folder / file.path, file.size):
-            rest += piece
-            while len(rest) >= CHUNK_SIZE:
-                yield position, bytes(rest[:CHUNK_SIZE])
-                del rest[:CHUNK_SIZE]
-                position += 1
-    if rest:
-        yield position, bytes(rest)
+class _Run:
+    """Files one after the other, read as one space.  Thread-safe."""
+
+    def __init__(self, folder: Path, files: Sequence[File]) -> None:
+        self._folder = folder
+        self._files = files
+        self._ends = list(itertools.accumulate(file.size for file in files))
+        self._stamps = [self._stamp(file) for file in files]
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Raises `Temporary` for a file that is shorter by now."""
+        at = bisect_right(self._ends, offset)
+        while view:
+            file = self._files[at]
+            start = offset - self._ends[at] + file.size
+            span = min(len(view), file.size - start)
+            if span:
+                _read_file(self._folder / file.path, start, view[:span])
+            view = view[span:]
+            offset += span
+            at += 1
+
+    def check_unchanged(self) -> None:
+        """Raises `Temporary`."""
+        for file, stamp in zip(self._files, self._stamps, strict=True):
+            if stamp[0] != file.size or stamp != self._stamp(file):
+                raise _changed(self._folder / file.path)
+
+    def _stamp(self, file: File) -> tuple[int, int]:
+        try:
+            about = os.lstat(self._folder / file.path)
+        except OSError:
+            return 0, 0
+        return about.st_size, about.st_mtime_ns
 
 
-def _pieces(path: Path, size: int) -> Iterator[bytes]:
+def _read_file(path: Path, offset: int, view: memoryview) -> None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as refused:
         raise Misused(why=f"{path} cannot be read: {refused.strerror}") from refused
     try:
-        left = size
-        while piece := os.read(fd, min(left + 1, CHUNK_SIZE)):
-            left -= len(piece)
-            if left < 0:
-                break
-            yield piece
-        if left:
-            raise Temporary(why=f"{path} changed while it was read")
+        while view:
+            count = os.preadv(fd, [view], offset)
+            if not count:
+                raise _changed(path)
+            view = view[count:]
+            offset += count
     finally:
         os.close(fd)
+
+
+def _changed(path: Path) -> Temporary:
+    return Temporary(why=f"{path} changed while it was read")

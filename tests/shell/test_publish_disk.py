@@ -109,7 +109,7 @@ def test_chunks_of_an_older_version_are_not_compressed_again(store, tmp_path, mo
     changed[CHUNK_SIZE : CHUNK_SIZE + 4] = b"new!"
     compressed = []
     compress = press.compress
-    monkeypatch.setattr(press, "compress", lambda plain: compressed.append(plain) or compress(plain))
+    monkeypatch.setattr(press, "compress", lambda plain: compressed.append(bytes(plain)) or compress(plain))
     path = image(tmp_path, "raw", bytes(changed))
     put = publish_disk(store, path, KEY)
     assert compressed == [bytes(changed[CHUNK_SIZE : 2 * CHUNK_SIZE])]
