@@ -34,8 +34,8 @@ def _roots() -> Iterator[Path]:
 
 
 def groups_of(name: str) -> list[Path]:
-    """The groups of the bench `name`."""
-    return [group for root in _roots() for group in root.glob(f"{name}-*")]
+    """The groups that are called `name` or `name-…`."""
+    return [group for root in _roots() for group in (*root.glob(name), *root.glob(f"{name}-*"))]
 
 
 def remove_group(group: Path) -> None:

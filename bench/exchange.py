@@ -1,6 +1,6 @@
 """Measure the bulk plane: one seeder process, N fetcher processes, loopback, the real stack.
 
-    python bench/exchange.py [--gib 1] [--fetchers 1 4]
+    python -m bench plane [--gib 1] [--fetchers 1 4]
 
 The disk has chunks of 256 KiB that compress about three times.  Prints wall seconds, CPU
 seconds per GiB of disk and fetcher at each end, peak memory, and where the bytes came from.

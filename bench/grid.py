@@ -1,10 +1,7 @@
-"""Account for the processes of a real grid, and take all of it down after a measurement.
+"""Run a real grid on loopback for a measurement, and take all of it down after it.
 
     with bench_grid(workers=2) as grid:      # a coordinator, which is also the putter, and workers
-        pid = grid.workers[0].process.pid
-        before = spent(pid)
         …
-        spent(pid) - before                  # CPU seconds of all its threads
 
 The processes die with this one, however it ends; the folder goes at the end of the block, on
 Ctrl-C and on SIGTERM, too.
@@ -13,7 +10,6 @@ Ctrl-C and on SIGTERM, too.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import shutil
 import signal
@@ -25,31 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.grid_processes import Daemon, Grid, open_grid
-
-TICK = os.sysconf("SC_CLK_TCK")
-
-
-def spent(pid: int) -> float:
-    """CPU seconds of the process so far, user and system, all threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICK
-
-
-def peak(pid: int) -> int:
-    """The most memory the process had, MiB, since its start or `forget_peak`."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
-
-
-def forget_peak(pid: int) -> None:
-    """Let `peak` begin anew."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-
-def held(daemon: Daemon, datum: str) -> int:
-    """How many chunks of `datum` are on this node."""
-    return next((h["chunks"] for h in daemon.ask("status")["holds"] if h["datum"] == datum), 0)
+from tests.grid_processes import Grid, open_grid
 
 
 @contextlib.contextmanager

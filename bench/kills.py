@@ -1,6 +1,6 @@
 """Kill workers that fetch, and a coordinator with jobs under way, with -9; count what is lost.
 
-    python -m bench.kills [worker | coordinator] [--kills N] [--seed S] [--mib M] [--tasks T]
+    python -m bench kills [worker | coordinator] [--kills N] [--seed S] [--mib M] [--tasks T]
 
     worker        at random moments of a fetch, every time on the same data directory.  After each
                   restart every chunk on disk is hashed, and what the putter sent is compared with

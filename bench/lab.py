@@ -150,6 +150,16 @@ class Lab:
         sh(f"ip -n {space} route add 10.77.0.0/24 dev eth0 src {address} congctl {self._congestion}")
         return made
 
+    def clear(self) -> None:
+        """Take all hosts away, with what runs and lies there."""
+        while self.hosts:
+            host = self.hosts[-1]
+            host.kill()
+            sh(f"ip -n {host.wire} link del {host.name}")  # at once: a namespace takes its time
+            _remove(host.space)
+            shutil.rmtree(host.folder, ignore_errors=True)
+            self.hosts.pop()
+
     def _space(self, name: str) -> str:
         space = f"{self.name}-{name}"
         sh(f"ip netns add {space}")
@@ -217,9 +227,11 @@ def open_lab(folder: Path, congestion: str = "cubic") -> Iterator[Lab]:
             lab = Lab(lock.name, scratch, congestion)
             yield lab
         finally:
-            for host in lab.hosts if lab else ():
-                host.kill()
-            _remove(lock, scratch)
+            if lab:
+                lab.clear()
+            _remove(lock.name)
+            shutil.rmtree(scratch, ignore_errors=True)
+            lock.unlink()
 
 
 @contextlib.contextmanager
@@ -245,16 +257,17 @@ def sweep() -> None:
     for lock in LOCKS.glob("pgb*"):
         with contextlib.suppress(FileNotFoundError, BlockingIOError), lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(lock, Path(file.read()))
+            _remove(lock.name)
+            scratch = Path(file.read())
+            if scratch.name.startswith(f"{lock.name}-"):
+                shutil.rmtree(scratch, ignore_errors=True)
+            lock.unlink()  # last: an interrupted removal is done again
 
 
-def _remove(lock: Path, scratch: Path) -> None:
-    """All that carries the name of `lock`; the lock last, so that an interrupted removal is done again."""
-    for space in re.findall(rf"^{lock.name}-\S+", sh("ip netns list"), re.MULTILINE):
+def _remove(name: str) -> None:
+    """Every namespace, process and control group that is called `name` or `name-…`."""
+    for space in re.findall(rf"^{name}(?!\w)\S*", sh("ip netns list"), re.MULTILINE):
         _empty(space)
         sh(f"ip netns del {space}")
-    for group in groups_of(lock.name):
+    for group in groups_of(name):
         remove_group(group)
-    if scratch.name.startswith(f"{lock.name}-"):
-        shutil.rmtree(scratch, ignore_errors=True)
-    lock.unlink()

@@ -1,6 +1,6 @@
 """Measure the time from `run` to results, for small disks on a warm and on a cold worker.
 
-    python -m bench.latency [--runs 5] [--disks bios tiny]
+    python -m bench latency [--runs 5] [--disks bios tiny]
 
 `p2pgrid run` is started as a process, as a person does it; one worker is online and idle.
 *warm*: it holds the disk since the run before; *cold*: a fresh worker with nothing.

@@ -1,6 +1,6 @@
 """Measure what one decision of the swarm costs, for few and many chunks and peers.
 
-    python bench/planner.py [--json]
+    python -m bench planner [--json]
 
 Every peer has a random half of the chunks and tells of more as time goes on; one has all.
 A *decision* is the step for one chunk that arrived, which asks for the next; *told* is the

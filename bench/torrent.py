@@ -49,9 +49,8 @@ class Libtorrent(Peer):
         found = importlib.util.find_spec("libtorrent")
         return None if found else "libtorrent is not installed (pip install libtorrent)"
 
-    def prior(self) -> None:
-        assert self.bout.old is not None
-        for worker in self.bout.workers:
+    def prepare(self) -> None:
+        for worker in self.bout.workers if self.bout.old else ():
             shutil.copyfile(self.bout.old, worker.folder / self.bout.file.name)
 
     def publish(self) -> None:

@@ -1,12 +1,12 @@
-"""Name every system that the bench can run beside p2pgrid, and what each of them has to do.
+"""Name every system that the bench can run, p2pgrid among them, and what each of them has to do.
 
 A *bout* is one run of one system: an origin that has a file, and N workers that want it, each
 a host in a network namespace of its own.  The driver makes the hosts, makes one `Peer` for
 the bout, and calls it in this order; what is measured is marked:
 
     Peer(bout)
-    prior()              only where `bout.old` is: both ends get the old version, in the way the system
-                         keeps it (the workers from anywhere: it is not counted)
+    prepare()            everything from before the file was known: daemons run; where `bout.old` is, both
+                         ends get that version, in the way the system keeps it (from anywhere: not counted)
     publish()            MEASURED on its own: what must be made of `bout.file` before it can be fetched
     serve()              the origin's server runs and can be reached when this returns
     arm(worker)          of each worker: a process that waits for the word, where the system has one
@@ -62,8 +62,8 @@ class Peer:
         """Why it cannot run on this machine; None if it can."""
         return None
 
-    def prior(self) -> None:
-        """Both ends have `bout.old`."""
+    def prepare(self) -> None:
+        """Be where one is before the file is known: with `bout.old` at both ends, if there is one."""
 
     def publish(self) -> None:
         """Make of `bout.file` what can be fetched."""
@@ -88,9 +88,17 @@ class Peer:
 
 
 PEERS = {
+    "p2pgrid": "bench.ours:P2pgrid",
+    "p2pgrid-written": "bench.ours:P2pgridWritten",
     "libtorrent-v1": "bench.torrent:LibtorrentV1",
     "libtorrent-v2": "bench.torrent:LibtorrentV2",
     "libtorrent-v1-enc": "bench.torrent:LibtorrentV1Encrypted",
+    "http": "bench.peers.nginx:Http",
+    "https": "bench.peers.nginx:Https",
+    "aria2": "bench.peers.aria2:Aria2",
+    "rsync": "bench.peers.rsync:Rsync",
+    "zsync": "bench.peers.zsync:Zsync",
+    "casync": "bench.peers.casync:Casync",
 }
 """Name to `module:class`, in the order of the tables; a module is loaded when its system is to run."""
 
