@@ -10,12 +10,69 @@ import contextlib
 import errno
 import os
 import secrets
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from p2pgrid.errors import NoSpace, NotFound, Temporary
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+KEPT_MAX = 96
+"""Files that are kept open between uses, over all packs: a node may hold thousands of small ones."""
+
+
+class Descriptor:
+    """An open file, closed when nobody refers to it any more: hold on to it while using `fd`."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.fd = -1
+        self.fd = os.open(path, flags | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Kept:
+    """A file that stays open between uses.  Thread-safe.
+
+    Opening and closing cost more than reading a chunk.  Where too many are kept, the one opened
+    longest ago is let go of, and opened again when it is used.
+    """
+
+    _lock = threading.Lock()
+    _open: OrderedDict[Kept, None] = OrderedDict()
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.path = path
+        self._flags = flags
+        self._descriptor: Descriptor | None = None
+
+    def descriptor(self) -> Descriptor:
+        """Raises what `opened` raises."""
+        return self._descriptor or self._reopen()
+
+    def let_go(self) -> None:
+        """Before the file goes: who uses it next finds it gone."""
+        with self._lock:
+            self._open.pop(self, None)
+            self._descriptor = None
+
+    def _reopen(self) -> Descriptor:
+        with self._lock:  # while opening, too: let go of after a rename, nothing old comes back
+            try:
+                descriptor = self._descriptor = Descriptor(self.path, self._flags)
+            except OSError as refused:
+                explain(refused, self.path)
+            self._open[self] = None
+            if len(self._open) > KEPT_MAX:
+                other, _ = self._open.popitem(last=False)
+                other._descriptor = None
+        return descriptor
 
 
 @contextlib.contextmanager
@@ -34,12 +91,17 @@ def explained(path: Path, wanted: int = 0) -> Iterator[None]:
     """Turn what the operating system says of `path` into an error for people."""
     try:
         yield
-    except FileNotFoundError:
-        raise NotFound(what=str(path)) from None
     except OSError as refused:
-        if refused.errno in FULL:
-            raise NoSpace(wanted=wanted, free=free(path.parent), where=str(path.parent)) from None
-        raise Temporary(why=f"the disk refused {path}: {refused.strerror}") from refused
+        explain(refused, path, wanted)
+
+
+def explain(refused: OSError, path: Path, wanted: int = 0) -> NoReturn:
+    """Raise for people what the operating system says of `path`."""
+    if isinstance(refused, FileNotFoundError):
+        raise NotFound(what=str(path)) from None
+    if refused.errno in FULL:
+        raise NoSpace(wanted=wanted, free=free(path.parent), where=str(path.parent)) from None
+    raise Temporary(why=f"the disk refused {path}: {refused.strerror}") from refused
 
 
 def free(folder: Path) -> int:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from p2pgrid.dht.files import opened, replace, sync_folder, write_all
+from p2pgrid.dht.files import Kept, explain, opened, replace, sync_folder, write_all
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -41,6 +41,7 @@ class Marks:
     def __init__(self, folder: Path, count: int, check: Callable[[int], bool]) -> None:
         self._folder = folder
         self._lock = threading.Lock()
+        self._kept = {name: Kept(folder / name, os.O_WRONLY) for name in ("have", "durable")}
         self._have = self._load("have", count)
         self._durable = self._load("durable", count)
         now = boot_id()
@@ -99,6 +100,11 @@ class Marks:
             self._durable[:] = bits
             self._store("durable", bits)
 
+    def let_go(self) -> None:
+        """Keep no file open: the folder is going."""
+        for kept in self._kept.values():
+            kept.let_go()
+
     def _recover(self, count: int, check: Callable[[int], bool]) -> None:
         for index in range(count):
             byte, bit = index >> 3, 1 << (index & 7)
@@ -127,8 +133,12 @@ class Marks:
         """One byte, in place, and only then in memory: a full disk must not leave us believing."""
         at, bit = index >> 3, 1 << (index & 7)
         value = bits[at] | bit if on else bits[at] & ~bit
-        with opened(self._folder / name, os.O_WRONLY) as fd:
-            write_all(fd, bytes((value,)), at)
+        kept = self._kept[name]
+        file = kept.descriptor()
+        try:
+            os.pwrite(file.fd, bytes((value,)), at)  # one byte is never written short
+        except OSError as refused:
+            explain(refused, kept.path)
         bits[at] = value
 
     def _store(self, name: str, bits: bytes) -> None:

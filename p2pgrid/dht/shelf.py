@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from p2pgrid.dht.chunker import length_at
-from p2pgrid.dht.files import opened, replace, sync_folder, write_all
+from p2pgrid.dht.files import Kept, explain, opened, replace, sync_folder, write_all
 from p2pgrid.dht.frame import expand
 from p2pgrid.dht.manifest import CHUNK_SIZE, Frames, Layout
 from p2pgrid.dht.marks import Marks
@@ -50,6 +50,8 @@ class Shelf:
         self.local_bytes = 0
         """Bytes of frames copied from other packs of this store instead of being fetched."""
         self._folder = folder
+        self._writing = Kept(folder / "frames", os.O_WRONLY)
+        self._reading = Kept(folder / "frames", os.O_RDONLY)
         self._offsets = frames.offsets()
         self._syncing = threading.Lock()
         self._count_lock = threading.Lock()
@@ -122,8 +124,11 @@ class Shelf:
             raise ChunkCorrupt(wanted=wanted.hex(), got=got.hex())
         if self._marks.holds(index):
             return
-        with opened(self._folder / "frames", os.O_WRONLY) as fd:
-            write_all(fd, frame, self._offsets[index])
+        file = self._writing.descriptor()
+        try:
+            write_all(file.fd, frame, self._offsets[index])
+        except OSError as refused:
+            explain(refused, self._writing.path)
         if self._marks.set(index):
             with self._count_lock:
                 self._unsynced += length
@@ -170,6 +175,12 @@ class Shelf:
             self._marks.promote(snapshot)
             with self._count_lock:
                 self._unsynced -= pending
+
+    def let_go(self) -> None:
+        """Keep no file open: the folder is going, or the store is closed."""
+        self._writing.let_go()
+        self._reading.let_go()
+        self._marks.let_go()
 
     # --- the guest's view -------------------------------------------------------------
 
@@ -225,9 +236,9 @@ class Shelf:
     def _load(self, index: int) -> bytes:
         """What lies at `index`, right or wrong; an unreadable sector reads as nothing."""
         try:
-            with opened(self._folder / "frames", os.O_RDONLY) as fd:
-                return os.pread(fd, self.frames.lengths[index], self._offsets[index])
-        except Temporary:
+            file = self._reading.descriptor()
+            return os.pread(file.fd, self.frames.lengths[index], self._offsets[index])
+        except (Temporary, OSError):
             return b""
 
     def _sound(self, index: int) -> bool:

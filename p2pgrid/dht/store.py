@@ -124,6 +124,8 @@ class Store:
             try:
                 self.flush()
             finally:
+                for shelf in self._shelves.values():
+                    shelf.let_go()
                 os.close(self._lock_fd)
                 self._lock_fd = -1
 
@@ -374,10 +376,12 @@ class Store:
         """Forget a pack; away under its name first, so that a crash leaves no half of it."""
         doomed = self._tmp / secrets.token_hex(8)
         del self._users[pack]
-        self._shelves.pop(pack, None)
+        shelf = self._shelves.pop(pack, None)
         self._room.forget_pack(pack)
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._packs / str(pack), doomed)
+        if shelf is not None:
+            shelf.let_go()
         return doomed
 
     def _sweep(self) -> None:
