@@ -50,9 +50,8 @@ class Marks:
         self.count = self._have_int().bit_count()
 
     @staticmethod
-    def create(folder: Path, count: int, *, full: bool) -> None:
-        """Write the bits of a new pack: all set (and the frames synced already) or none."""
-        bits = _ones(count) if full else bytes(-(-count // 8))
+    def create(folder: Path, bits: bytes) -> None:
+        """Write the bits of a new pack; frames that are here already have been synced."""
         for name, data in (("have", bits), ("durable", bits), ("boot", boot_id().encode())):
             replace(folder / name, data, folder)
 

@@ -23,9 +23,19 @@ from typing import TypeVar
 
 from p2pgrid.dht.dagcbor import need
 from p2pgrid.dht.files import explained, opened, replace, sync_folder
-from p2pgrid.dht.manifest import OBJECT_MAX, Content, Disk, Pack, Recipe, decode_datum, verified
+from p2pgrid.dht.manifest import (
+    OBJECT_MAX,
+    Content,
+    Delta,
+    Disk,
+    Pack,
+    Recipe,
+    decode_datum,
+    decode_pack,
+    verified,
+)
 from p2pgrid.dht.room import Room
-from p2pgrid.errors import BadObject, NotFound
+from p2pgrid.errors import BadObject, NoSpace, NotFound
 from p2pgrid.ids import Cid, object_cid
 
 T = TypeVar("T")
@@ -44,9 +54,13 @@ def recipe_pages_max(size: int) -> int:
 
 
 class Objects:
-    """The objects in `folder`; `scratch` is a folder of the same file system.  Thread-safe."""
+    """The objects in `folder`; `scratch` is a folder of the same file system.  Thread-safe.
 
-    def __init__(self, folder: Path, scratch: Path, room: Room) -> None:
+    `base(delta's name, delta)` names the full pack through which a delta is read here.
+    """
+
+    def __init__(self, folder: Path, scratch: Path, room: Room, base: Callable[[Cid, Delta], Cid]) -> None:
+        self._base = base
         self._folder = folder
         self._scratch = scratch
         self._room = room
@@ -134,13 +148,28 @@ class Objects:
         if content is None:
             return  # its size says how much the others may list
         yield from (page for page in content.pages if page is not None)
-        if pack := self._read(top.pack, Pack.decode):
+        if pack := self._read(top.pack, decode_pack):
             need(pack.count <= content.positions, "a pack with more frames than its content has chunks")
             yield from pack.pages
+            if isinstance(pack, Delta):
+                need(isinstance(top, Disk), "a tree in a delta")
+                yield from self._walk_parent(top.pack, pack)
         if isinstance(top, Disk) and (recipe := self._read(top.recipe, Recipe.decode)):
             most = recipe_pages_max(content.size)
             need(len(recipe.pages) <= most, f"a recipe of {len(recipe.pages)} pages; {most} are allowed")
             yield from recipe.pages
+
+    def _walk_parent(self, cid: Cid, delta: Delta) -> Iterator[Cid]:
+        base = self._base(cid, delta)
+        yield from (delta.parent, base)
+        content = self._read(delta.parent, Content.decode)
+        if content is None:
+            return
+        yield from (page for page in content.pages if page is not None)
+        if pack := self._read(base, Pack.decode):
+            need(pack.content == delta.parent, "a base of another content than the parent")
+            need(pack.count <= content.positions, "a pack with more frames than its content has chunks")
+            yield from pack.pages
 
     def _read(self, cid: Cid, decode: Callable[[bytes], T]) -> T | None:
         try:
@@ -179,6 +208,15 @@ class Objects:
             for cid in self._walk(datum):
                 with self._lock:
                     self._young.pop(cid, None)
+
+    def relieved(self, take: Callable[[], T]) -> T:
+        """Do what takes room; where it is short, without the objects that nobody wants any more."""
+        try:
+            return take()
+        except NoSpace:
+            if not self.remove_stale():
+                raise
+            return take()
 
     def remove_stale(self) -> bool:
         """Remove what no datum needs and nobody has wanted for long; whether there was something."""

@@ -13,6 +13,8 @@ holds nothing and takes nothing.
 
 The frame digest decides, never the plain name alone: another encoding of the same chunk
 has another length and no place in this file.
+
+A delta's frames lie on a `DeltaShelf` (`delta_shelf.py`), which reads through its `parent`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,6 +49,8 @@ class Shelf:
         self.layout = layout
         self.frames = frames
         self.signer = signer
+        self.taken = 0
+        """Chunks that are the parent's, under the same name: they have no frame."""
         self.local_bytes = 0
         """Bytes of frames copied from other packs of this store instead of being fetched."""
         self._folder = folder
@@ -68,13 +72,24 @@ class Shelf:
         with opened(folder / "frames", os.O_WRONLY | os.O_CREAT) as fd:
             os.ftruncate(fd, size)
             os.fsync(fd)
-        Marks.create(folder, len(frames.lengths), full=full)
+        Marks.create(folder, bitmap(bool(n) and full for n in frames.lengths))
         sync_folder(folder)
 
     # --- what is here -----------------------------------------------------------------
 
     @property
+    def parent(self) -> Shelf | None:
+        """What this one is read through, where it is a delta's."""
+        return None
+
+    @property
+    def parts(self) -> tuple[Shelf, ...]:
+        """The shelves whose frames a read may need: the parent's, if there is one, and this."""
+        return (self,) if self.parent is None else (self.parent, self)
+
+    @property
     def complete(self) -> bool:
+        """Whether every read will find what it needs."""
         return self.count == len(self.frames.lengths) and not self._convicted
 
     @property
@@ -220,7 +235,7 @@ class Shelf:
                 return plain
         frame = self.get_frame(index)
         try:
-            plain = expand(frame, CHUNK_SIZE)
+            plain = self._expand(frame)
         except BadFrame:
             self._convict(index)
         if digest(plain) != self.layout.frames[index]:
@@ -232,6 +247,10 @@ class Shelf:
         return plain
 
     # --- inside -----------------------------------------------------------------------
+
+    def _expand(self, frame: bytes) -> bytes:
+        """The plain bytes of `frame`.  `BadFrame` proves that the signer lied."""
+        return expand(frame, CHUNK_SIZE)
 
     def _load(self, index: int) -> bytes:
         """What lies at `index`, right or wrong; an unreadable sector reads as nothing."""
@@ -262,3 +281,13 @@ class Shelf:
         if self._convicted:
             why = "a frame is what the pack says, but not what the content says: its signer lied"
             raise VerificationFailed(what=f"pack {self.pack}", why=why)
+
+
+def bitmap(flags: Iterable[bool]) -> bytes:
+    """Bit i (LSB first) is flag i."""
+    flags = list(flags)
+    bits = bytearray(-(-len(flags) // 8))
+    for index, flag in enumerate(flags):
+        if flag:
+            bits[index >> 3] |= 1 << (index & 7)
+    return bytes(bits)

@@ -2,13 +2,13 @@
 
     lock            held by the one process that has this store open
     objects/xx/CID  manifest objects, each whole under its name or absent
-    packs/PACK/     frames (`shelf.py`)
+    packs/PACK/     frames (`shelf.py`, `packs.py`)
     datums/DATUM    a datum that was begun; the file names its pack
     tmp/            whatever is being written; emptied when the store is opened
 
 The marker in `datums` is written last and removed first, so at any moment a datum is
-begun with all that it needs, or not at all.  What no datum needs is removed when a datum
-is dropped and when the store is opened.  What came in since and was not begun
+begun with all that it needs, its delta's parent included, or not at all.  What no datum needs
+is removed when a datum is dropped and when the store is opened.  What came in since and was not begun
 yet is left alone (`objects.py`).
 
 Synchronous and thread-safe; one lock around what is here, none around moving bytes.
@@ -19,44 +19,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
-import shutil
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import attrs
 
 from p2pgrid.dht.files import explained, opened, replace, sync_folder
-from p2pgrid.dht.manifest import (
-    CHUNK_SIZE,
-    Content,
-    Frames,
-    Layout,
-    Pack,
-    Tree,
-    decode_datum,
-    read_frames,
-    read_layout,
-)
+from p2pgrid.dht.manifest import Delta, Tree, decode_datum
 from p2pgrid.dht.objects import Objects
+from p2pgrid.dht.packs import Packs, Told, discard, remove
 from p2pgrid.dht.room import Room
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import (
     BadObject,
     ChunkCorrupt,
     Misconfigured,
-    NoSpace,
     NotFound,
     Temporary,
     VerificationFailed,
 )
 from p2pgrid.ids import Cid
-
-T = TypeVar("T")
 
 MIN_FREE = 1 << 30
 """Bytes that the store leaves free on its file system, quota or not."""
@@ -66,7 +50,8 @@ MIN_FREE = 1 << 30
 class Held:
     """What is here of one datum.
 
-    A tree of empty files has no content and no pack; its own name stands for both.
+    A tree of empty files has no content and no pack; its own name stands for both.  Chunks and
+    bytes are those of frames, for a delta its parent's, too, and not what it takes from there.
     """
 
     datum: Cid
@@ -89,19 +74,17 @@ class Store:
         self.root = root
         self.quota = quota
         self._lock = threading.RLock()
-        self._shelves: dict[Cid, Shelf] = {}
-        self._packs, self._datums, self._tmp = root / "packs", root / "datums", root / "tmp"
-        for folder in (root, root / "objects", self._packs, self._datums, self._tmp):
+        self._datums, self._tmp = root / "datums", root / "tmp"
+        for folder in (root, root / "objects", root / "packs", self._datums, self._tmp):
             with explained(folder):
                 folder.mkdir(parents=True, exist_ok=True)
         self._room = Room(root, quota, min_free)
         self._begun: dict[Cid, Cid] = {}
         """Datum to pack."""
-        self._users: Counter[Cid] = Counter()
-        """How many data began each pack."""
         self._lock_fd = _locked(root / "lock")
         try:
-            self._objects = Objects(root / "objects", self._tmp, self._room)
+            self._objects = Objects(root / "objects", self._tmp, self._room, self._base)
+            self._packs = Packs(root / "packs", self._tmp, self._room, self._objects, self._lock)
             self._sweep()
         except BaseException:
             os.close(self._lock_fd)
@@ -124,7 +107,7 @@ class Store:
             try:
                 self.flush()
             finally:
-                for shelf in self._shelves.values():
+                for shelf in self._packs.loaded():
                     shelf.let_go()
                 os.close(self._lock_fd)
                 self._lock_fd = -1
@@ -139,9 +122,7 @@ class Store:
 
     def flush(self) -> None:
         """Make everything that was put survive a power cut."""
-        with self._lock:
-            shelves = list(self._shelves.values())
-        for shelf in shelves:
+        for shelf in self._packs.loaded():
             with contextlib.suppress(NotFound):  # dropped meanwhile
                 shelf.flush()
 
@@ -152,7 +133,7 @@ class Store:
 
         It counts like a pack from now on: `NoSpace` above the quota or when the disk is too full.
         """
-        return self._relieved(lambda: self._objects.put(data))
+        return self._objects.relieved(lambda: self._objects.put(data))
 
     def get_object(self, cid: Cid) -> bytes:
         """The object's bytes, verified.  Raises `NotFound`; one that has rotted is removed."""
@@ -180,46 +161,28 @@ class Store:
         """Make room for the datum's pack, and take from other packs here what they share.
 
         All its objects are here already (`NotFound`), and fit together (`BadObject`).  Its
-        whole pack is counted from now on: `NoSpace` above the quota or when the disk is too
-        full.  A datum that was begun before goes on where it stood.
+        whole pack is counted from now on, and of a delta also the parent's: `NoSpace` above the
+        quota or when the disk is too full.  A datum that was begun before goes on where it stood.
         """
         if missing := self.missing_objects(datum):
             raise NotFound(what=f"object {missing[0]} of {datum}")
-        top = decode_datum(self.get_object(datum))
-        pack = top.pack or datum
-        layout, frames, signer = self._read_pack(pack)
-        if top.content is not None and layout.cid != top.content:
-            raise BadObject(why="the pack is of another content than its datum")
-        if isinstance(top, Tree) and sum(f.size for f in top.files) != layout.content.size:
-            raise BadObject(why="the files of a tree are not as long as its content")
-        with self._lock:
-            shelf = self.shelf(pack)
-            if shelf is None:
-                with self.staging() as staged:
-                    self._install(staged, pack, frames, full=False)
-                shelf = self._shelves[pack] = Shelf(self._packs / str(pack), pack, layout, frames, signer)
-            self._mark(datum, pack)
-        if not shelf.complete and not shelf.convicted:
-            self._share(shelf)
+        shelf = self._stand(datum, *self._plan(datum))
+        for part in shelf.parts:
+            if not part.complete and not part.convicted:
+                self._share(part)
         return shelf
 
     def shelf(self, pack: Cid) -> Shelf | None:
         """The frames of `pack`, if any datum here began it."""
-        with self._lock:
-            shelf = self._shelves.get(pack)
-            if shelf is None and (self._packs / str(pack)).is_dir():
-                try:
-                    shelf = Shelf(self._packs / str(pack), pack, *self._read_pack(pack))
-                except NotFound:
-                    return None  # an object has rotted; its datum is fetched and begun again
-                self._shelves[pack] = shelf
-            return shelf
+        return self._packs.shelf(pack)
 
     def shelves(self) -> list[Shelf]:
         """All packs that are here, in part or whole."""
-        with self._lock:
-            packs = list(self._users)
-        return [shelf for shelf in map(self.shelf, packs) if shelf is not None]
+        return self._packs.all()
+
+    def full(self, content: Cid) -> Shelf | None:
+        """A complete full pack of `content`, whoever signed it: what a delta may build on."""
+        return self._packs.full(content)
 
     def held(self) -> list[Held]:
         """The datums that are here, in part or whole; not those whose objects have rotted."""
@@ -229,9 +192,8 @@ class Store:
         for datum, pack in begun:
             shelf = self.shelf(pack)
             if shelf is not None and self._objects.here(datum):
-                total = len(shelf.frames.lengths)
-                held = Held(datum, shelf.layout.cid, pack, shelf.count, total, shelf.held_bytes())
-                found.append(held)
+                chunks, total, size = (sum(some) for some in zip(*map(_inventory, shelf.parts), strict=True))
+                found.append(Held(datum, shelf.layout.cid, pack, chunks, total, size))
         return found
 
     def complete(self, datum: Cid) -> bool:
@@ -250,10 +212,8 @@ class Store:
             (self._datums / str(datum)).unlink(missing_ok=True)
             sync_folder(self._datums)
             self._objects.release(datum)
-            self._users[pack] -= 1
-            doomed = self._doom(pack) if not self._users[pack] else None
-        if doomed is not None:
-            shutil.rmtree(doomed, ignore_errors=True)  # long for a long file: nobody waits for it
+            doomed = self._packs.release(pack)
+        discard(doomed)
 
     def used(self) -> int:
         """Bytes that count for the quota: all packs, begun ones in full, and all objects."""
@@ -261,64 +221,56 @@ class Store:
 
     def check_room(self, wanted: int, written: int = 0) -> None:
         """Raise `NoSpace` unless a pack of `wanted` bytes may be begun, `written` of them in `staging`."""
-        self._relieved(lambda: self._room.check(wanted, written))
+        self._objects.relieved(lambda: self._room.check(wanted, written))
 
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[Path]:
+    def staging(self) -> contextlib.AbstractContextManager[Path]:
         """A fresh folder on the store's file system; gone afterwards unless it was installed."""
-        folder = self._tmp / secrets.token_hex(8)
-        with explained(folder):
-            folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        return self._packs.staging()
 
     def adopt(self, datum: Cid, staged: Path | None) -> Shelf:
         """Keep a datum that was made here: its objects are put, all its frames lie in `staged`.
 
-        With None, its pack is here already, complete.
+        With None, its pack is here already, complete.  What a delta builds on is here, too:
+        otherwise it was dropped meanwhile, `Temporary`.
         """
-        top = decode_datum(self.get_object(datum))
-        pack = top.pack or datum
-        layout, frames, signer = self._read_pack(pack)
+        told, base = self._plan(datum)
         with self._lock:
-            shelf = self.shelf(pack)
-            if shelf is not None and staged is not None and not shelf.complete:
-                self._fill(shelf, staged)
-            elif shelf is None:
-                if staged is None:
-                    raise Temporary(why=f"{datum} was dropped while it was put again")
-                self._install(staged, pack, frames, full=True)
-                shelf = self._shelves[pack] = Shelf(self._packs / str(pack), pack, layout, frames, signer)
-            self._mark(datum, pack)
-            return shelf
+            here = self.shelf(told.pack)
+            if here is None and staged is None:
+                raise Temporary(why=f"{datum} was dropped while it was put again")
+            if base is not None and ((parent := self.shelf(base.pack)) is None or not parent.complete):
+                raise Temporary(why=f"what {datum} builds on was dropped while it was put")
+            if here is not None and staged is not None and not here.complete:
+                self._fill(here, staged)
+            return self._stand(datum, told, base, staged if here is None else None)
 
     # --- inside -----------------------------------------------------------------------
 
-    def _relieved(self, take: Callable[[], T]) -> T:
-        """Do what takes room; where it is short, without the objects that nobody wants any more."""
-        try:
-            return take()
-        except NoSpace:
-            if not self._objects.remove_stale():
-                raise
-            return take()
+    def _base(self, pack: Cid, delta: Delta) -> Cid:
+        return self._packs.base(pack, delta)
 
-    def _read_pack(self, cid: Cid) -> tuple[Layout, Frames, bytes]:
-        """A pack's content, frames and signer; an empty tree stands for its own empty pack."""
-        data = self.get_object(cid)
-        try:
-            pack = Pack.decode(data)
-        except BadObject:
-            tree = Tree.decode(data)
-            if tree.pack is not None:
+    def _plan(self, datum: Cid) -> tuple[Told, Told | None]:
+        """What tells of the datum's pack, and of the one through which it is read, if it is a delta."""
+        top = decode_datum(self.get_object(datum))
+        told = self._packs.read(top.pack or datum)
+        if top.content is not None and told.layout.cid != top.content:
+            raise BadObject(why="the pack is of another content than its datum")
+        if isinstance(top, Tree) and sum(f.size for f in top.files) != told.layout.content.size:
+            raise BadObject(why="the files of a tree are not as long as its content")
+        if told.delta is None:
+            return told, None
+        return told, self._packs.read(self._base(told.pack, told.delta))
+
+    def _stand(self, datum: Cid, told: Told, base: Told | None, staged: Path | None = None) -> Shelf:
+        """Have all that `datum` needs laid out, and then its marker."""
+        with self._lock:
+            try:
+                shelf = self._packs.stand(told, base, staged)
+                self._mark(datum, told.pack)
+            except BaseException:
+                self._packs.tidy()
                 raise
-            return Layout.of(cid, Content(0, CHUNK_SIZE, ()), []), Frames((), ()), tree.signer
-        layout, frames = read_layout(pack.content, self.get_object), read_frames(pack, self.get_object)
-        if len(layout.frames) != len(frames.lengths):
-            raise BadObject(why="a pack with another number of frames than its content has chunks")
-        return layout, frames, pack.signer
+            return shelf
 
     def _share(self, shelf: Shelf) -> None:
         """Copy frames that other packs here hold, each checked as it leaves."""
@@ -342,20 +294,6 @@ class Store:
                     shelf.put_frame(index, os.pread(fd, length, at))
                 at += length
 
-    def _install(self, staged: Path, pack: Cid, frames: Frames, *, full: bool) -> None:
-        """Take room for the pack and lay it out; where it is `full`, its frames lie in `staged`."""
-        size, folder = sum(frames.lengths), self._packs / str(pack)
-        written = size if full else 0
-        self._relieved(lambda: self._room.take_pack(pack, folder / "frames", size, written))
-        try:
-            Shelf.create(staged, frames, full=full)
-            with explained(staged):
-                os.rename(staged, folder)
-        except BaseException:
-            self._room.forget_pack(pack)
-            raise
-        sync_folder(self._packs)
-
     def _mark(self, datum: Cid, pack: Cid) -> None:
         """Write the datum's marker, once everything that it needs is sure to be on disk."""
         family = self._kin(datum)
@@ -364,7 +302,7 @@ class Store:
             replace(self._datums / str(datum), str(pack).encode(), self._tmp)
             sync_folder(self._datums)
             self._begun[datum] = pack
-            self._users[pack] += 1
+            self._packs.use(pack)
         self._objects.hold(datum, family)
 
     def _kin(self, datum: Cid) -> list[Cid]:
@@ -372,38 +310,16 @@ class Store:
             return self._objects.family(datum)
         return []
 
-    def _doom(self, pack: Cid) -> Path:
-        """Forget a pack; away under its name first, so that a crash leaves no half of it."""
-        doomed = self._tmp / secrets.token_hex(8)
-        del self._users[pack]
-        shelf = self._shelves.pop(pack, None)
-        self._room.forget_pack(pack)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._packs / str(pack), doomed)
-        if shelf is not None:
-            shelf.let_go()
-        return doomed
-
     def _sweep(self) -> None:
         """Read the markers, and remove what a crash left and what no datum needs."""
         for left in self._tmp.iterdir():
-            _remove(left)
+            remove(left)
         for marker in self._datums.iterdir():
             try:
                 self._begun[Cid.parse(marker.name)] = Cid.parse(marker.read_text())
             except (BadObject, UnicodeDecodeError):
-                _remove(marker)
-        self._users.update(self._begun.values())
-        packs = {str(pack): pack for pack in self._users}
-        for folder in self._packs.iterdir():
-            if folder.name not in packs:
-                _remove(folder)
-                continue
-            for left in folder.glob("*.tmp"):
-                _remove(left)
-            with contextlib.suppress(FileNotFoundError):
-                frames = folder / "frames"
-                self._room.count_pack(packs[folder.name], frames, frames.stat().st_size)
+                remove(marker)
+        self._packs.sweep(self._begun.values())
         whole = True
         for datum in self._begun:
             family = self._kin(datum)
@@ -412,6 +328,12 @@ class Store:
         # Where one has rotted, its siblings cannot be told from orphans, and will be wanted again.
         if whole:
             self._objects.remove_stale()
+
+
+def _inventory(shelf: Shelf) -> tuple[int, int, int]:
+    """Frames of a shelf that are here, frames of it in all, bytes that are here."""
+    total = len(shelf.frames.lengths)
+    return max(0, shelf.count - shelf.taken), total - shelf.taken, shelf.held_bytes()
 
 
 def _locked(path: Path) -> int:
@@ -423,10 +345,3 @@ def _locked(path: Path) -> int:
         os.close(fd)
         raise Misconfigured(why=f"another process has {path.parent} open") from None
     return fd
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
