@@ -7,7 +7,7 @@ size which somebody only claims costs nobody memory.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
@@ -83,9 +83,22 @@ class Places(Sequence[bytes | None]):
     def __getitem__(self, at: slice) -> list[bytes | None]: ...
     def __getitem__(self, at: int | slice) -> bytes | list[bytes | None] | None:
         if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(self._length))]
+            start, stop, step = at.indices(self._length)
+            if step == 1:
+                return self._stretch(start, max(start, stop))
+            return [self[i] for i in range(start, stop, step)]
         index = self.index_at(range(self._length)[at])
         return None if index is None else self._names[index]
+
+    def _stretch(self, start: int, stop: int) -> list[bytes | None]:
+        names: list[bytes | None] = [None] * (stop - start)
+        for run in range(max(bisect_right(self._firsts, start) - 1, 0), bisect_left(self._firsts, stop)):
+            first, begin = self._firsts[run], self._begins[run]
+            low, high = max(start, first), min(stop, first + self._stop(run) - begin)
+            if low < high:
+                indices = self._indices[begin + low - first : begin + high - first]
+                names[low - start : high - start] = [self._names[index] for index in indices]
+        return names
 
     def _stop(self, run: int) -> int:
         return self._begins[run + 1] if run + 1 < len(self._begins) else len(self._indices)

@@ -262,7 +262,8 @@ class _Sheet:
 
     def write(self, pieces: list[_Piece]) -> None:
         """Append what a thread found next."""
-        self._store.check_room(self._offset, self._offset)
+        if any(isinstance(piece.frame, _Fresh) for piece in pieces):
+            self._store.check_room(self._offset, self._offset)
         for piece in pieces:
             if piece.name is None:
                 continue

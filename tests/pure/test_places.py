@@ -29,6 +29,8 @@ def test_names_come_back(parts):
             names += part
     assert list(places) == places[:] == names
     assert len(places) == len(names)
+    assert [places[i : i + 7] for i in range(len(names))] == [names[i : i + 7] for i in range(len(names))]
+    assert (places[::-2], places[3:1]) == (names[::-2], [])
     assert places.holes == names.count(None)
     distinct = list(dict.fromkeys(name for name in names if name is not None))
     assert list(places.by_name) == distinct
