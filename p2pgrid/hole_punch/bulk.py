@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from p2pgrid.hole_punch.certificate import Certificate, belongs
 from p2pgrid.hole_punch.greeting import bare, connect, discard, greet
 from p2pgrid.hole_punch.link import Link, Receive, Receiver
 from p2pgrid.hole_punch.path import ADDRESSES_MAX, Address, Way, candidates, own_addresses
+from p2pgrid.hole_punch.rates import Rates
 from p2pgrid.ids import PeerId
 from p2pgrid.net import Channel, Network
 
@@ -97,6 +99,9 @@ class Links:
     def __init__(
         self, network: Network, receive: Receive, allow: Callable[[PeerId], bool], nursery: trio.Nursery
     ) -> None:
+        self.rates = Rates()
+        """What the links may move."""
+        self._paused = ""
         self._network = network
         self._receive = receive
         self._allow = allow
@@ -116,6 +121,18 @@ class Links:
     def live(self) -> list[Link]:
         return [link for link in self._links.values() if link.live]
 
+    @property
+    def paused(self) -> str:
+        """Why there are no links now; empty: there may be."""
+        return self._paused
+
+    def pause(self, why: str) -> None:
+        """End all links, and have none, until called with an empty `why`."""
+        self._paused = why
+        if why:
+            for link in self.live():
+                link.close(f"paused: {why}")
+
     async def link(self, peer: PeerId) -> Link:
         """The link there is, or a new one.  Raises `Unreachable`."""
         assert peer != self._network.me
@@ -127,6 +144,8 @@ class Links:
             if under_way is None:
                 break
             await under_way.wait()
+        if self._paused:
+            raise Unreachable(who=peer, why=f"paused: {self._paused}")
         if not self._allow(peer):
             raise Unreachable(who=peer, why="it is not a member of the grid")
         if len(self._links) >= LINKS_MAX:
@@ -187,6 +206,8 @@ class Links:
         peer = channel.peer
         if not self._allow(peer):
             return await channel.send(Decline("not a member of the grid"))
+        if self._paused:
+            return await channel.send(Decline("paused by its owner"))
         if peer in self._attempts and self._network.me < peer:
             return await channel.send(Decline("our own attempt goes first", busy=True))
         if len(self._links) >= LINKS_MAX:
@@ -222,8 +243,10 @@ class Links:
 
     def _adopt(self, peer: PeerId, way: Way, sock: ssl.SSLSocket, *, welcome: bool) -> Link:
         try:
-            link = Link(peer, way, sock, self._receive)
-        except OSError:  # no descriptor left for what wakes its thread
+            host = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+            rates = self.rates.link(private=not host.is_global)
+            link = Link(peer, way, sock, self._receive, rates)
+        except OSError:  # no descriptor left for what wakes its thread, or the peer is gone already
             sock.close()
             raise
         if welcome:
@@ -232,7 +255,7 @@ class Links:
         if before is not None:
             before.close("a newer link took its place")
         self._links[peer] = link
-        if self._over:
+        if self._over or self._paused:
             link.close()
         self._arrivals.pop(peer, trio.Event()).set()
         self._nursery.start_soon(self._live, link, name=f"link {peer}")

@@ -21,21 +21,28 @@ import math
 import select
 import socket
 import ssl
+import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from p2pgrid.errors import BadFrame, PeerError
 from p2pgrid.hole_punch.framing import Framing, header
 from p2pgrid.hole_punch.path import Way
+from p2pgrid.hole_punch.rates import RECORD, LinkRates, Rates
 from p2pgrid.ids import PeerId
 
 LOW = 256 << 10
 """Bytes queued below which the receiver is asked for more: a few chunks, so that it chooses late."""
+LOW_SECONDS = 0.25
+"""Seconds that what is queued may take to be sent, where a rate is capped."""
 QUEUE_MAX = 32 << 20
 """Bytes queued beyond which the peer has stopped reading what it asked for."""
 BURST = 1 << 20
 """Bytes moved one way before the other way gets its turn."""
+TCP_INFO_SIZE, RTT_AT, MIN_RTT_AT = 152, 68, 148
+"""Bytes of Linux' `tcp_info` that are looked at, and where the delay (µs) lies in it."""
 JOINT = 4096
 """Bytes below which buffers are copied together: a TLS record of its own costs more."""
 
@@ -66,14 +73,18 @@ Receive = Callable[["Link"], Receiver]
 class Link:
     """A live connection to one peer.  Thread-safe."""
 
-    def __init__(self, peer: PeerId, way: Way, sock: ssl.SSLSocket, receive: Receive) -> None:
+    def __init__(
+        self, peer: PeerId, way: Way, sock: ssl.SSLSocket, receive: Receive, rates: LinkRates | None = None
+    ) -> None:
         self.peer = peer
         self.way = way
         self._socket = sock
+        self._rates = rates or Rates().link(private=True)
         self._framing = Framing()
         self._queue: collections.deque[bytes] = collections.deque()
         self._queued = 0
         self._unsent = memoryview(b"")
+        self._offered = 0
         self._lock = threading.Lock()
         self._closing = ""
         self._waker, self._woken = socket.socketpair()
@@ -93,6 +104,11 @@ class Link:
     def queued(self) -> int:
         """Bytes that wait to be sent."""
         return self._queued
+
+    @property
+    def low(self) -> int:
+        """Bytes queued below which the receiver is asked for more: less where a cap makes them wait long."""
+        return int(min(LOW, max(RECORD, LOW_SECONDS * self._rates.up_rate)))
 
     def send(self, *buffers: bytes) -> None:
         """Queue one whole message; never blocks.  On a link that has ended it is lost."""
@@ -147,39 +163,59 @@ class Link:
         poll.register(self._socket, select.POLLIN)
         interest = select.POLLIN
         while not self._closing:
-            pulled = self._pull()
+            reading, writing = self._waits()
+            pulled = 0 if reading else self._pull()
             if pulled is None:
                 return "the peer closed the link"
-            again = self.receiver.drained() if self._queued < LOW else None
-            pushed, sent = self._push()
-            if pulled == select.POLLPRI or (sent and self._queued < LOW):
+            again = self.receiver.drained() if self._queued < self.low else None
+            pushed, sent = (0, 0) if writing else self._push()
+            if pulled == select.POLLPRI or (sent and self._queued < self.low):
                 continue  # more may be there to read, or to be asked for
-            if (pushed | pulled) != interest:
-                interest = pushed | pulled
+            wanted = (pushed | pulled) & ~(select.POLLIN if reading else 0)
+            if wanted != interest:
+                interest = wanted
                 poll.modify(self._socket, interest)
-            for fd, _ in poll.poll(None if again is None else math.ceil(1000 * again)):
+            waits = [wait for wait in (again, reading or None, writing or None) if wait is not None]
+            for fd, _ in poll.poll(math.ceil(1000 * min(waits)) if waits else None):
                 if fd == self._woken.fileno():
                     with self._lock:
                         self._woken.recv(1)
                         self._rung = False
         return self._closing
 
+    def _waits(self) -> tuple[float, float]:
+        """Seconds until something may be read, and until something may be written."""
+        if not self._rates.capped:
+            return 0.0, 0.0
+        now = time.monotonic()
+        if self._rates.due(now):
+            about = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+            if len(about) == TCP_INFO_SIZE:
+                delay, base = (struct.unpack_from("I", about, at)[0] / 1e6 for at in (RTT_AT, MIN_RTT_AT))
+                self._rates.observe(delay, base, now)
+        return self._rates.may_read(now), self._rates.may_send(now) if self._queued else 0.0
+
     def _push(self) -> tuple[int, int]:
         """Write from the queue; what to poll for then, and how many bytes went."""
         sent = 0
+        most = RECORD if self._rates.capped else BURST
         try:
-            while sent < BURST:
+            while sent < most:
                 if not self._unsent:
                     with self._lock:
                         if not self._queue:
                             return select.POLLIN, sent
                         self._unsent = memoryview(self._queue.popleft())
-                # After a would-block TLS wants to see the same bytes again: `_unsent` keeps them.
-                count = self._socket.send(self._unsent)
+                # After a would-block TLS wants to see the same bytes again, no less of them: `_offered`.
+                self._offered = max(self._offered, min(most, len(self._unsent)))
+                count = self._socket.send(self._unsent[: self._offered])
+                self._offered = 0
                 self._unsent = self._unsent[count:]
                 sent += count
                 with self._lock:
                     self._queued -= count
+                if most == RECORD:
+                    self._rates.sent(count, time.monotonic())
         except ssl.SSLWantReadError:
             return select.POLLIN, sent
         except ssl.SSLWantWriteError:
@@ -192,12 +228,15 @@ class Link:
         `POLLPRI`: do not poll, there may be more.
         """
         got = 0
+        most = RECORD if self._rates.capped else BURST
         try:
-            while got < BURST:
+            while got < most:
                 count = self._socket.recv_into(self._framing.space())
                 if count == 0:
                     return None
                 got += count
+                if most == RECORD:
+                    self._rates.read(count, time.monotonic())
                 for body in self._framing.filled(count):
                     if not body:
                         raise BadFrame(why="a welcome in the middle of a link")

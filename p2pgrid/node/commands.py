@@ -144,6 +144,38 @@ def status(*, data_dir: Home = None, as_json: Json = False) -> int:
 
 
 @app.command
+def prefs(
+    changes: Annotated[
+        list[str] | None, Parameter(name="NAME=VALUE", help="What to change, see below.", negative="")
+    ] = None,
+    /,
+    *,
+    window: Annotated[
+        list[str] | None,
+        Parameter(help='"mon-fri 08:00-18:00 up=1Mbit down=5Mbit", or "22:00-06:00 stop".', negative=""),
+    ] = None,
+    no_windows: Annotated[bool, Parameter(negative="", help="Forget all windows.")] = False,
+    data_dir: Home = None,
+    as_json: Json = False,
+) -> int:
+    """Show or change what this node may move over the network, and when.
+
+    up, down, up_per_link, down_per_link: a rate (20Mbit, 2.5MB) or none. courteous: wan, always or
+    never give way to other traffic. on_battery, on_metered: stop or go. --window replaces all windows.
+    """
+    wanted: dict[str, object] = {}
+    for change in changes or ():
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise Misused(why=f"{change!r} is not NAME=VALUE")
+        wanted[name.replace("-", "_")] = value
+    if window or no_windows:
+        wanted["windows"] = list(window or ())
+    emit(api.call(_home(data_dir), "prefs", {"changes": wanted}), as_json, show.prefs)
+    return 0
+
+
+@app.command
 def leave(
     *,
     keep_chunks: Annotated[

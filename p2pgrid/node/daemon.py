@@ -38,6 +38,7 @@ from p2pgrid.node.holdings import keep_holding
 from p2pgrid.node.identity import Identity
 from p2pgrid.node.node import Node
 from p2pgrid.node.reach import index_mode
+from p2pgrid.node.rules import keep_rules, prefs
 from p2pgrid.node.ticket import read_ticket
 from p2pgrid.node.worker import check_programs, sweep, work
 from p2pgrid.scheduler import messages as m
@@ -191,6 +192,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         nursery = await rooms.enter_async_context(trio.open_nursery())
         nursery.start_soon(keep_holding, node)
         nursery.start_soon(node.keep_announcing)
+        nursery.start_soon(keep_rules, node)
         if "worker" in roles:
             check_programs()
             nursery.start_soon(work, node, Qemu(cache_folder()))
@@ -246,6 +248,7 @@ def _ops(node: Node) -> dict[str, Op]:
         "status": _status,
         "stop": _stop,
         "leave": _leave,
+        "prefs": prefs,
         "node_ls": _nodes,
         "put": disks.put,
         "get": disks.get,
@@ -277,6 +280,7 @@ async def _status(node: Node, args: dict[str, Any], tell: Tell) -> Any:
         "grid": node.grid,
         "connected": node.connected or node.grid == node.network.me,
         "addresses": list(node.network.addresses),
+        "paused": node.exchange.links.paused,
         "running": [f"{r.task} ({r.note})" for r in node.running.values()],
         "received": dict(node.received),
         "served": dict(node.exchange.served),

@@ -20,6 +20,7 @@ from p2pgrid.ids import Cid, PeerId
 from p2pgrid.net import Index, Network
 from p2pgrid.node.config import Config
 from p2pgrid.node.identity import Identity
+from p2pgrid.node.prefs import Prefs
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls
 from p2pgrid.transfer.exchange import Exchange, Fetched, Progress
@@ -83,6 +84,8 @@ class Node:
     roles: tuple[str, ...]
     stopping: trio.Event
     """This daemon is told to end."""
+    prefs: Prefs = attrs.field(factory=Prefs)
+    """What its owner allows it to move."""
     received: Counter[PeerId] = attrs.field(factory=Counter)
     """Payload bytes fetched since the start, by peer."""
     running: dict[str, Running] = attrs.field(factory=dict)

@@ -143,3 +143,16 @@ def exit_code(view: Answer) -> int:
         if task["exit"]:
             return int(task["exit"])
     return 0
+
+
+def prefs(v: Answer) -> str:
+    now = v["now"]
+    rows = [
+        (name, v[name])
+        for name in ("up", "down", "up_per_link", "down_per_link", "courteous", "on_battery", "on_metered")
+    ]
+    rows += [("window", window) for window in v["windows"]] or [("window", "none")]
+    holds = (
+        f"nothing moves: {now['paused']}" if now["paused"] else f"at most {now['up']} up, {now['down']} down"
+    )
+    return table([*rows, ("now", holds)], "PREFERENCE", "VALUE")

@@ -19,7 +19,7 @@ import attrs
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import BadFrame, BadObject, ChunkCorrupt, NotFound, WorldError
-from p2pgrid.hole_punch.link import LOW, Link
+from p2pgrid.hole_punch.link import Link
 from p2pgrid.ids import Cid
 from p2pgrid.transfer.messages import (
     BITS_MAX,
@@ -152,7 +152,7 @@ class Seeding:
 
         Returns the seconds after which there is more to send, if nothing else happens before.
         """
-        while self._link.queued < LOW:
+        while self._link.queued < self._link.low:
             if self._objects:
                 self._send_object(self._objects.popleft())
             elif self._refusals:

@@ -9,6 +9,7 @@ import socket
 import ssl
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +24,7 @@ from p2pgrid.hole_punch.certificate import Certificate, belongs
 from p2pgrid.hole_punch.framing import MESSAGE_MAX
 from p2pgrid.hole_punch.link import LOW, QUEUE_MAX
 from p2pgrid.hole_punch.path import Address
+from p2pgrid.hole_punch.rates import FILL, RECORD, Limits
 from p2pgrid.ids import PeerId
 from tests.memory_network import MemoryNetwork, MemoryWorld, open_world
 
@@ -156,6 +158,49 @@ async def test_a_reader_that_does_not_read_is_not_waited_for() -> None:
         finally:
             stop.set()
         assert await here.why.receive() == "the peer does not read"
+
+
+@pytest.mark.parametrize("limits", [Limits(up=4e6), Limits(up_link=4e6)])
+async def test_a_capped_sender_takes_its_time(limits: Limits) -> None:
+    async with open_two() as ((_, links, _), (b, _, there), _):
+        links.rates.set(limits)
+        link = await links.link(b.me)
+        began = time.monotonic()
+        for _ in range(8):
+            link.send(bytes(LOW))
+            await there.messages.receive()
+        # Less than one second's worth may be owed at the end; how much longer it takes is not ours to say.
+        assert time.monotonic() - began > (8 * LOW - RECORD) / 4e6 - FILL
+
+
+async def test_a_capped_reader_takes_its_time_and_still_sends_at_once() -> None:
+    async with open_two() as ((_, links, here), (b, others, there), _):
+        others.rates.set(Limits(down=2e6))
+        link = await links.link(b.me)
+        began = time.monotonic()
+        for _ in range(4):
+            link.send(bytes(LOW))
+        while not there.links:
+            await trio.lowlevel.checkpoint()
+        there.links[0].send(b"still here")
+        assert await here.messages.receive() == b"still here"
+        for _ in range(4):
+            await there.messages.receive()
+        assert time.monotonic() - began > (4 * LOW - RECORD) / 2e6 - FILL
+
+
+async def test_a_paused_node_has_no_links_until_it_goes_on() -> None:
+    async with open_two() as ((a, links, here), (b, others, _), _):
+        link = await links.link(b.me)
+        links.pause("it is lunch time")
+        assert "lunch" in await here.why.receive()
+        assert not link.live
+        with pytest.raises(Unreachable, match="lunch"):
+            await links.link(b.me)
+        with pytest.raises(Unreachable, match="paused by its owner"):
+            await others.link(a.me)
+        links.pause("")
+        assert (await others.link(a.me)).live
 
 
 async def test_only_members_get_links() -> None:
