@@ -3,7 +3,7 @@
     python -m bench swarm   [--disk FILE] [--slice 128M] [--workers 1 4 8] [--rate 200] [--slow 20] [--late 5]
     python -m bench update  --old v1.vdi --disk v2.vdi v2r.vdi [--workers 1 8] [--rate 200]
     python -m bench publish [--disk FILE]
-    python -m bench kills | latency | planner | plane        each with --help of its own
+    python -m bench kills | latency | planner | plane | rates        each with --help of its own
 
 Hosts are network namespaces on one bridge (root is needed), shaped where `--rate` is given.
 JSON lines go to stdout, a table to stderr, plots to `--plot DIR`.
@@ -33,6 +33,7 @@ OTHERS = {
     "latency": "bench.latency",
     "planner": "bench.planner",
     "plane": "bench.exchange",
+    "rates": "bench.rates",
 }
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     if why := labs.absent():
         sys.exit(f"bench: {why}")
     rows: list[dict[str, Any]] = []
-    with labs.stoppable(), labs.open_lab(given.folder, given.congestion) as lab:
+    with labs.stoppable(), labs.open_lab(given.folder, given.congestion, given.ahead) as lab:
         disks = [_sliced(disk, given.slice, lab.folder) for disk in given.disk]
         for file in (*disks, *([given.old] if given.bench == "update" else [])):
             _warm(file)
@@ -96,6 +97,9 @@ def _arguments() -> argparse.ArgumentParser:
         one.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where the hosts keep things")
         one.add_argument("--plot", type=Path, metavar="DIR", help="draw PNG and SVG there")
         one.add_argument("--congestion", default="cubic", help="TCP's control, as the kernel calls it")
+        one.add_argument(
+            "--ahead", action="store_true", help="let the hosts go before all else on this machine"
+        )
         if name == "publish":
             continue
         one.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8])

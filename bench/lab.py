@@ -122,27 +122,30 @@ class Host:
 class Lab:
     """Hosts on one bridge; made by `open_lab`, which takes down what this builds."""
 
-    def __init__(self, name: str, folder: Path, congestion: str) -> None:
+    def __init__(self, name: str, folder: Path, congestion: str, ahead: bool) -> None:
         self.name = name
         self.folder = folder
         self.hosts: list[Host] = []
         self._congestion = congestion
+        self._ahead = ahead
         self._wire = self._space("wire")
         sh(f"ip -n {self._wire} link add name bridge0 type bridge")
         sh(f"ip -n {self._wire} link set bridge0 up")
 
-    def host(self, name: str, *, up: float | None = None, down: float | None = None) -> Host:
-        """One more host; `name` must fit an interface's name."""
+    def host(
+        self, name: str, *, up: float | None = None, down: float | None = None, buffer: float = BUFFER
+    ) -> Host:
+        """One more host; `name` must fit an interface's name, `buffer` is that of its uplink (s)."""
         space = self._space(name)
         home = self.folder / name
         home.mkdir()
         address = f"10.77.0.{10 + len(self.hosts)}"
-        account = Account(f"{self.name}-{name}")
+        account = Account(space, self._ahead)
         made = Host(name, space, self._wire, address, home, account, up, down)
         self.hosts.append(made)
         sh(f"ip -n {space} link add eth0 type veth peer name {name} netns {self._wire}")
         sh(f"ip -n {space} addr add {address}/24 dev eth0 noprefixroute")
-        _shape(space, "eth0", up)
+        _shape(space, "eth0", up, buffer)
         _shape(self._wire, name, down)
         sh(f"ip -n {self._wire} link set {name} master bridge0 up")
         sh(f"ip -n {space} link set eth0 up")
@@ -167,12 +170,12 @@ class Lab:
         return space
 
 
-def _shape(space: str, device: str, rate: float | None) -> None:
+def _shape(space: str, device: str, rate: float | None, buffer: float = BUFFER) -> None:
     """Let `device` send `rate` Mbit/s at most; without one it has a queue that only counts."""
     if rate is None:
         sh(f"tc -n {space} qdisc add dev {device} root pfifo_fast")
         return
-    limit = max(round(rate * 1e6 / 8 * BUFFER), 4 * 1514)
+    limit = max(round(rate * 1e6 / 8 * buffer), 4 * 1514)
     burst = max(min(BURST, limit // 4), 2 * 1514)
     sh(f"tc -n {space} qdisc add dev {device} root handle 1: htb default 1")
     sh(
@@ -206,10 +209,11 @@ def _empty(space: str) -> None:
 
 
 @contextlib.contextmanager
-def open_lab(folder: Path, congestion: str = "cubic") -> Iterator[Lab]:
+def open_lab(folder: Path, congestion: str = "cubic", ahead: bool = False) -> Iterator[Lab]:
     """A lab of this process, with scratch in `folder`; gone without a trace when the block is left.
 
-    `congestion` is TCP's control in every host, as the kernel calls it.
+    `congestion` is TCP's control in every host, as the kernel calls it; `ahead`: the hosts' processes go
+    before everything else on this machine.
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
     lock = LOCKS / f"pgb{os.getpid()}"
@@ -224,7 +228,7 @@ def open_lab(folder: Path, congestion: str = "cubic") -> Iterator[Lab]:
         held.write(str(scratch))
         held.flush()
         try:
-            lab = Lab(lock.name, scratch, congestion)
+            lab = Lab(lock.name, scratch, congestion, ahead)
             yield lab
         finally:
             if lab:

@@ -5,8 +5,8 @@ One process for each node, started as
     python bench/torrent.py FOLDER TORRENT (seed | fetch) ADDRESS (plain | encrypted)
 
 It says that it is ready and waits for a line with everybody's addresses; a fetcher says when the file is
-complete and verified; all go on until their input ends.  The seeder does not hash its file.
-Peers are told of each other, as by a tracker.
+complete and verified; all go on until their input ends.  The seeder has hashed its file before it is
+ready: otherwise it does so piece by piece while it sends.  Peers are told of each other, as by a tracker.
 """
 
 from __future__ import annotations
@@ -156,22 +156,22 @@ def main() -> None:
     wanted.save_path = folder
     wanted.flags &= ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
     if role == "seed":
-        wanted.flags |= lt.torrent_flags.seed_mode  # as a putter's store: not hashed again
-        session.add_torrent(wanted)
+        complete(session, session.add_torrent(wanted))
     say(ready=True)
     others = json.loads(sys.stdin.readline())
     if role == "fetch":
-        complete(session, session.add_torrent(wanted), others)
+        handle = session.add_torrent(wanted)
+        for other in others:
+            handle.connect_peer((other, PORT))
+        complete(session, handle)
         say(done=True)
     sys.stdin.read()
 
 
-def complete(session: Any, handle: Any, others: list[str]) -> None:
+def complete(session: Any, handle: Any) -> None:
     """Until all of the file is there and verified; what an old file has of it counts."""
     import libtorrent as lt
 
-    for other in others:
-        handle.connect_peer((other, PORT))
     limit = time.monotonic() + PATIENCE
     while not handle.status().is_seeding:
         if time.monotonic() > limit:
