@@ -1,0 +1,198 @@
+"""Draw what `python -m bench` measured: one picture for each case, as PNG and SVG.
+
+    python -m bench.plot [FILE.jsonl …] [--to DIR]     [the figures in docs/, drawn anew into docs/]
+
+Rows of the same case and system are one bar, the median of them; a system that was skipped or
+failed keeps its line, and says so.  What the figures mean: `bench/scenario.py`.
+
+    swarm-DISK[-rateR…]    time to the last, CPU, bytes, memory; shaped: time to a whole copy's, copies sent
+    update[-rateR…]        bytes each worker received, time, CPU: a bar for each new disk and N
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from bench.peers import PEERS
+
+FIGURES = Path(__file__).parents[1] / "docs" / "explanation" / "figures"
+OURS, OTHERS = ("#b2182b", "#ef8a62", "#fddbc7", "#f7d5c4"), ("#2166ac", "#67a9cf", "#b8d8ea", "#d5e6f0")
+"""Colours of p2pgrid's bars and of everybody else's, for the first bar of a system, the second …"""
+Row = dict[str, Any]
+
+
+@attrs.frozen
+class Panel:
+    """One quantity."""
+
+    key: str
+    title: str
+    unit: float = 1.0
+    ideal: float | None = None
+    """Where a line is drawn: what nobody who sends the file as it is gets below."""
+
+
+LAST = Panel("last", "seconds to the last")
+CPU = Panel("cpu", "CPU s per delivered GiB")
+RECEIVED = Panel("received", "MB received, each", 1e6)
+MEMORY = Panel("rss_worker", "MiB at the peak, a worker")
+COPIES = Panel("copies", "copies sent by the origin")
+TO_FILE = Panel("to_file", "time to last ÷ (file ÷ rate)", ideal=1.0)
+
+
+@attrs.define
+class Picture:
+    """The rows of one file that is drawn."""
+
+    name: str
+    title: str
+    panels: Sequence[Panel]
+    rows: list[tuple[str, Row]] = attrs.field(factory=list)
+    """(what the bar is called among those of its system, row)"""
+
+
+def pictures(rows: Iterable[Row]) -> list[Picture]:
+    """What is to be drawn, in the order in which it was measured."""
+    found: dict[str, Picture] = {}
+    for row in rows:
+        made = _picture(row)
+        if made:
+            picture, bar = made
+            found.setdefault(picture.name, picture).rows.append((bar, row))
+    return list(found.values())
+
+
+def _picture(row: Row) -> tuple[Picture, str] | None:
+    """The picture in which `row` is a bar, and the bar's name; None if it is in none."""
+    if row.get("bench") not in ("swarm", "update"):
+        return None
+    shape = [f"{row[key]:g} {unit}" for key, unit in SHAPE if row.get(key)]
+    suffix = "".join(f"-{key}{row[key]:g}" for key, _ in SHAPE if row.get(key))
+    where = ", ".join(shape) or "unshaped"
+    if row["bench"] == "update":
+        bar = f"{Path(row['disk']).stem}, N = {row['workers']}"
+        return Picture(f"update{suffix}", f"Update, {where}", (RECEIVED, LAST, CPU)), bar
+    panels = (TO_FILE, COPIES, CPU) if row.get("rate") else (LAST, CPU, RECEIVED, MEMORY)
+    size = f"{row['bytes'] / 1e6:.0f} MB"
+    name = f"swarm-{Path(row['disk']).stem}{suffix}"
+    return Picture(name, f"{size} to N workers, {where}", panels), f"N = {row['workers']}"
+
+
+SHAPE = (
+    ("rate", "Mbit/s both ways"),
+    ("slow", "Mbit/s up for the last worker"),
+    ("late", "s later the last worker"),
+)
+
+
+def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
+    """Write NAME.png and NAME.svg of every picture into `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "p2pgrid"  # the same rows, the same file
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for picture in pictures(rows):
+        drawn = _draw(picture)
+        for form in ("png", "svg"):
+            out = folder / f"{picture.name}.{form}"
+            drawn.savefig(out, dpi=110, metadata={"Date": None} if form == "svg" else {"Software": None})
+            written.append(out)
+        matplotlib.pyplot.close(drawn)
+    return written
+
+
+def _draw(picture: Picture) -> Any:
+    from matplotlib import pyplot
+
+    systems = sorted({row["system"] for _, row in picture.rows}, key=_place)
+    bars = sorted({bar for bar, _ in picture.rows}, key=_natural)
+    found = _medians(picture)
+    height = 0.8 / len(bars)
+    size = (3.4 * len(picture.panels) + 1.4, 1.1 + (0.2 * len(bars) + 0.16) * len(systems))
+    figure, axes = pyplot.subplots(1, len(picture.panels), sharey=True, figsize=size, layout="constrained")
+    for axis, panel in zip(axes, picture.panels, strict=True):
+        most = max((row.get(panel.key, 0) / panel.unit for row in found.values()), default=0) or 1
+        for line, system in enumerate(systems):
+            for place, bar in enumerate(bars):
+                if row := found.get((system, bar)):
+                    at = line + (place - (len(bars) - 1) / 2) * height
+                    _bar(axis, panel, row, at, height, most, place)
+        if panel.ideal:
+            axis.axvline(panel.ideal, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(panel.title, fontsize=9)
+        axis.set_xlim(0, most * 1.2)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(systems)), systems)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{picture.title}   (bars from the top: {'; '.join(bars)})", fontsize=10)
+    return figure
+
+
+def _bar(axis: Any, panel: Panel, row: Row, at: float, height: float, most: float, place: int) -> None:
+    value = row.get(panel.key)
+    if value is None:
+        why = "failed" if "failed" in row else "skipped" if "skipped" in row else "not counted"
+        axis.text(most * 0.01, at, why, va="center", fontsize=6, color="grey")
+        return
+    colours = OURS if row["system"].startswith("p2pgrid") else OTHERS
+    value /= panel.unit
+    axis.barh(at, value, height * 0.92, color=colours[min(place, len(colours) - 1)])
+    text = f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    axis.text(value + most * 0.01, at, text, va="center", fontsize=6.5)
+
+
+def _medians(picture: Picture) -> dict[tuple[str, str], Row]:
+    """One row for each (system, bar): the medians of those that came to an end, if any did."""
+    every: dict[tuple[str, str], list[Row]] = {}
+    for bar, row in picture.rows:
+        every.setdefault((row["system"], bar), []).append(row)
+    found = {}
+    for key, rows in every.items():
+        ended = [row for row in rows if "last" in row] or rows[-1:]
+        middle = dict(ended[-1])
+        for panel in picture.panels:
+            values = [row[panel.key] for row in ended if panel.key in row]
+            if values:
+                middle[panel.key] = statistics.median(values)
+        found[key] = middle
+    return found
+
+
+def _place(system: str) -> tuple[int, str]:
+    """Systems stand in the order of the tables."""
+    names = list(PEERS)
+    return (names.index(system) if system in names else len(names), system)
+
+
+def _natural(bar: str) -> tuple[str, int]:
+    name, _, count = bar.rpartition("N = ")
+    return name, int(count)
+
+
+def read(files: Iterable[Path]) -> list[Row]:
+    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    arguments.add_argument(
+        "files", type=Path, nargs="*", help="JSON lines [docs/explanation/figures/*.jsonl]"
+    )
+    arguments.add_argument("--to", type=Path, default=FIGURES, help="folder of the pictures")
+    given = arguments.parse_args()
+    for out in plot(read(given.files or sorted(FIGURES.glob("*.jsonl"))), given.to):
+        print(out)
+
+
+if __name__ == "__main__":
+    main()
