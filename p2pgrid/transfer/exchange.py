@@ -40,9 +40,12 @@ class Exchange:
         store: Store,
         allow: Callable[[PeerId], bool],
         rng: random.Random,
+        origins: Sequence[str],
     ) -> None:
         self.store = store
         self.index = index
+        self.me = network.me
+        self.origins = origins
         self.links: Links
         self._network = network
         self._allow = allow
@@ -66,8 +69,11 @@ class Exchange:
         peers: Iterable[PeerId] = (),
         progress: Callable[[Progress], None] | None = None,
         most: int | None = None,
+        origins: Sequence[str] = (),
     ) -> Fetched:
         """Complete `datum` from `peers` and whoever else has it; returns when it is complete.
+
+        What they do not bring comes from `origins`, and those that the exchange was opened with.
 
         The caller bounds the time; cancelled, it leaves what came for the next fetch.  Two
         fetches of one datum share the work.  Raises `BadObject`, `VerificationFailed`, `NoSpace`,
@@ -76,11 +82,13 @@ class Exchange:
         while datum in self._downloads:
             download, done = self._downloads[datum]
             download.company.hint(peers)
+            download.resort.add(origins)
             with _listening(download, progress):
                 await done.wait()
             # It completed, then the next one finds everything here; or it was cancelled, and we go on.
         download, done = Download(datum, self, self._rng, most), trio.Event()
         download.company.hint(peers)
+        download.resort.add(origins)
         self._downloads[datum] = download, done
         try:
             with _listening(download, progress):
@@ -161,12 +169,14 @@ async def open_exchange(
     *,
     allow: Callable[[PeerId], bool] = lambda peer: True,
     rng: random.Random | None = None,
+    origins: Sequence[str] = (),
 ) -> AsyncIterator[Exchange]:
-    """Seed what `store` holds, and fetch, while inside.  `allow` says who is a member.
+    """Seed what `store` holds, and fetch, while inside.  `allow` says who is a member, `origins`
+    (`origin.py`) where to ask when no peer has something.
 
     On leaving, all links are closed and no thread is left; leave fetches before.
     """
-    exchange = Exchange(network, index, store, allow, rng or random.Random())
+    exchange = Exchange(network, index, store, allow, rng or random.Random(), origins)
     async with open_links(network, listen, exchange._receive, allow) as exchange.links:
         yield exchange
 

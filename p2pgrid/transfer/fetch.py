@@ -31,7 +31,9 @@ from p2pgrid.errors import BadObject, GridError, NotFound, Refused, WorldError
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.machine import Tick
 from p2pgrid.transfer.company import SEARCH, Company, Searching
+from p2pgrid.transfer.lastresort import LastResort
 from p2pgrid.transfer.messages import INDICES_MAX
+from p2pgrid.transfer.ranges import is_origin
 from p2pgrid.transfer.session import Session
 from p2pgrid.transfer.swarm import (
     Arrived,
@@ -80,6 +82,8 @@ class Progress:
     """Missing chunks that no connected peer has."""
     stalled_for: float
     """Seconds since something came."""
+    troubles: dict[str, str] = attrs.field(factory=dict)
+    """Why origins help no more, by origin."""
 
 
 @attrs.frozen
@@ -96,6 +100,9 @@ class Peering(Searching, Protocol):
     """What a fetch needs of the exchange."""
 
     store: Store
+    me: PeerId
+    origins: Sequence[str]
+    """Where to ask when no peer helps."""
 
     def show(self, shelf: Shelf) -> None:
         """Tell who has opened the shelf's pack what is here."""
@@ -121,6 +128,8 @@ class Download:
         self._scope = trio.CancelScope()
         self._failure: GridError | None = None
         self.company = Company([datum], peering, self)
+        self.resort = LastResort(self, peering.me, rng)
+        self.resort.add(peering.origins)
         self._lock = threading.Lock()
         self._reports: list[Event] = []
         self._reported = trio.Event()
@@ -145,6 +154,7 @@ class Download:
                 if not await self._all_here():
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self.company.search)
+                        nursery.start_soon(self.resort.run)
                         nursery.start_soon(self._report)
                         nursery.start_soon(self._collect)
                         nursery.start_soon(self._announce)
@@ -158,6 +168,7 @@ class Download:
                     await self._flush()
         finally:
             self.company.dismiss()
+            self.resort.close()
         if self._failure is not None:
             await trio.to_thread.run_sync(self._store.abandon, self.datum)
             raise self._failure
@@ -197,7 +208,9 @@ class Download:
             sessions = [s for s in self.company.sessions() if s not in tried]
             if not sessions:
                 tried.clear()
-                with trio.move_on_after(SEARCH):
+                if await self._object_of_origin(cid):
+                    return
+                with trio.move_on_after(self.resort.wait(SEARCH)):
                     await self.company.news.wait()
                 continue
             session = self._rng.choice(sessions)
@@ -211,12 +224,21 @@ class Download:
                         continue
                     if data is None:
                         continue
-                    try:
-                        await trio.to_thread.run_sync(self._store.put_object, data)
-                    except WorldError as full:
-                        return self._give_up(full)
-                    self._last = trio.current_time()
-                    return None
+                    await self._keep(data)
+                    return
+
+    async def _object_of_origin(self, cid: Cid) -> bool:
+        data = await self.resort.get_object(cid)
+        if data is not None:
+            await self._keep(data)
+        return data is not None
+
+    async def _keep(self, data: bytes) -> None:
+        try:
+            await trio.to_thread.run_sync(self._store.put_object, data)
+        except WorldError as full:
+            self._give_up(full)
+        self._last = trio.current_time()
 
     async def _begin(self) -> None:
         """Make or find the shelf, and tell the others what is on it."""
@@ -273,6 +295,19 @@ class Download:
                 case Completed():
                     assert self._inbox is not None
                     self._inbox.close()
+
+    # --- what the last resort wants to know -------------------------------------------------
+
+    def lacking(self) -> tuple[Shelf, Swarm] | None:
+        if self._shelf is None or self._swarm is None or self._swarm.complete:
+            return None
+        return self._shelf, self._swarm
+
+    def peers(self) -> list[PeerId]:
+        return [session.peer for session in self.company.sessions()]
+
+    def brought(self) -> int:
+        return sum(count for peer, count in self._bytes_by_peer.items() if not is_origin(peer))
 
     # --- what links report ----------------------------------------------------------------
 
@@ -374,6 +409,7 @@ class Download:
             swarm.missing if swarm is not None else 0,
             len(swarm.unavailable()) if swarm is not None and not swarm.complete else 0,
             trio.current_time() - self._last,
+            self.resort.troubles(),
         )
         for listener in list(self.listeners):
             listener(progress)
