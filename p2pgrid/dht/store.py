@@ -151,6 +151,10 @@ class Store:
         """
         return self._objects.missing(datum)
 
+    def family(self, datum: Cid) -> list[Cid]:
+        """The names of all objects that `datum` needs, itself first.  Raises `BadObject`."""
+        return self._objects.family(datum)
+
     def abandon(self, datum: Cid) -> None:
         """Its fetch was given up for good: its objects go as soon as others need their room."""
         self._objects.abandon(datum)
