@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +38,8 @@ class P2pgrid(Peer):
     def __init__(self, bout: Bout) -> None:
         super().__init__(bout)
         self._published: dict[str, Any] = {}
+        self._had: list[Counter[str]] = []
+        """What each worker had received of whom before."""
 
     def prepare(self) -> None:
         """Daemons run and are members; where there is an old version, all of them hold it."""
@@ -70,6 +73,9 @@ class P2pgrid(Peer):
         name = f"disk-{len(self._published)}"
         self._published = ask(self.bout.origin, "put", path=str(self.bout.file), name=name, replica=0)
 
+    def serve(self) -> None:
+        self._had = self._received()
+
     def fetch(self, worker: Host) -> None:
         fetch(worker, self._published["disk"])
 
@@ -79,13 +85,16 @@ class P2pgrid(Peer):
     def facts(self) -> dict[str, Any]:
         """The pack's bytes, and whose of them the workers had."""
         origin = ask(self.bout.origin, "status")["peer"]
-        received = [ask(worker, "status")["received"] for worker in self.bout.workers]
-        direct = sum(r.get(origin, 0) for r in received)
+        came = [now - had for now, had in zip(self._received(), self._had, strict=True)]
+        direct = sum(c[origin] for c in came)
         return {
             "wire_bytes": self._published["wire_bytes"],
             "payload_from_origin": direct,
-            "payload_from_peers": sum(sum(r.values()) for r in received) - direct,
+            "payload_from_peers": sum(c.total() for c in came) - direct,
         }
+
+    def _received(self) -> list[Counter[str]]:
+        return [Counter(ask(worker, "status")["received"]) for worker in self.bout.workers]
 
     def _until_idle(self) -> None:
         limit = time.monotonic() + PATIENCE

@@ -9,7 +9,8 @@ be late.  Its row, in the order of the table:
     first, median, last      seconds from that moment until the workers are complete
     cpu                      CPU seconds per GiB delivered: all processes of all hosts, over file size x N
     received, received_max   bytes at a worker's interface, with all headers: mean and most
-    sent_origin, copies      bytes at the origin's; over what one copy is: the pack, or the file
+    sent_origin, copies      bytes at the origin's; over those of one copy: the pack, or the file; where
+                             workers had something before, what one of them received
     origin_idle              share of its shaped uplink that it did not use until the last was complete
     rss_origin, rss_worker   MiB, peak; the worker's is the largest
     to_file, to_wire         shaped: last ÷ (file size ÷ rate), last ÷ (bytes of one copy ÷ rate)
@@ -157,7 +158,8 @@ def _row(
 ) -> dict[str, Any]:
     origin, *workers = counts
     size, last, rate = case.file.stat().st_size, max(walls), case.network.rate
-    copy = facts.get("wire_bytes") or size
+    received = statistics.mean(c.received for c in workers)
+    copy = received if case.old else facts.get("wire_bytes", size)
     delivered = size / GIB * len(walls)
     row = {
         "first": round(min(walls), 3),
@@ -165,7 +167,7 @@ def _row(
         "last": round(last, 3),
         "cpu": round(sum(c.cpu for c in counts) / delivered, 3),
         "cpu_origin": round(origin.cpu / delivered, 3),
-        "received": round(statistics.mean(c.received for c in workers)),
+        "received": round(received),
         "received_max": max(c.received for c in workers),
         "sent_origin": origin.sent,
         "copies": round(origin.sent / copy, 3),
