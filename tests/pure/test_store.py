@@ -21,15 +21,20 @@ from p2pgrid.dht.store import Store
 from p2pgrid.errors import ChunkCorrupt, NotFound
 from p2pgrid.ids import digest, object_cid
 from tests.power_cut import Power
-from tests.small_disks import small_disk
+from tests.small_disks import changed, chunk, small_delta, small_disk
 
+FIRST = small_disk([1, 2, 0, 3, 1, 4], tail=1000)
+NEXT = [changed(chunk(1), 1), chunk(3), chunk(0), changed(chunk(4), 2), chunk(2), chunk(1)]
 DISKS = [
-    small_disk([1, 2, 0, 3, 1, 4], tail=1000),
+    FIRST,
     small_disk([2, 3, 5, 5, 6]),
     small_disk([1, 2, 0, 3, 1, 4], tail=1000, key=SigningKey(bytes(32))),  # same frames, another pack
     small_disk([1, 2, 0, 3, 1, 4], tail=1000, exact=False),  # same pack, another datum
     small_disk([0, 0]),  # nothing but holes
+    small_delta(FIRST, NEXT),
+    small_delta(FIRST, [chunk(3), chunk(2)], key=SigningKey(bytes(32))),  # nothing of its own
 ]
+OBJECTS = {object_cid(data): data for disk in DISKS for data in disk.objects}
 some_disk = st.integers(0, len(DISKS) - 1)
 some_index = st.integers(0, 4)
 
@@ -48,10 +53,14 @@ class StoreHistory(RuleBasedStateMachine):
         self.begun: set[int] = set()
         self.have: dict = {}
         self.durable: dict = {}
+        self.parents: dict = {}
 
-    @initialize()
-    def open(self):
+    @initialize(held=st.sampled_from([(), (), (5,), (0, 5), (2, 5, 6)]))
+    def open(self, held):
         self.store = Store(self.root, min_free=0)
+        for which in held:
+            self.do_begin(which)
+            self.do_put_all(len(self.begun) - 1, but=99)
 
     def teardown(self):
         self.store.close()
@@ -70,7 +79,7 @@ class StoreHistory(RuleBasedStateMachine):
 
     def rotten(self, pack):
         names = self.store.shelf(pack).frames.digests
-        return {i for i in self.have[pack] if digest(self.lies(pack, i)) != names[i]}
+        return {i for i in self.have[pack] if names[i] and digest(self.lies(pack, i)) != names[i]}
 
     def says(self, pack):
         shelf = self.store.shelf(pack)
@@ -85,49 +94,88 @@ class StoreHistory(RuleBasedStateMachine):
 
     # --- rules ---
 
+    def parts(self, disk):
+        """The packs that a disk needs, its parent's first."""
+        return [p for p in (self.parents.get(disk.pack), disk.pack) if p is not None]
+
+    def whole(self, pack):
+        return pack in self.have and len(self.have[pack]) == len(self.frames_of(pack))
+
     @rule(which=some_disk)
     def begin(self, which):
+        self.do_begin(which)
+
+    def do_begin(self, which):
         disk = DISKS[which]
-        disk.put_objects(self.store)
-        assert self.store.missing_objects(disk.datum) == []
-        others = {p: (have - self.rotten(p), set(have)) for p, have in self.have.items() if p != disk.pack}
+        while missing := self.store.missing_objects(disk.datum):
+            for cid in missing:
+                self.store.put_object(OBJECTS[cid])
+        known, before = self.parents.get(disk.pack), {p: set(have) for p, have in self.have.items()}
+        sound = {p: have - self.rotten(p) for p, have in before.items()}
+        full = {p for p in (DISKS[0].pack, DISKS[2].pack) if self.whole(p)}
         shelf = self.store.begin(disk.datum)
         assert shelf is self.store.shelf(disk.pack)
-        before = self.have.get(disk.pack, set())
-        now = self.says(disk.pack)
+        if shelf.parent is not None:
+            parent = self.parents[disk.pack] = shelf.parent.pack
+            assert parent in ({known} if known else full or {DISKS[0].pack})
+        for pack in self.parts(disk):
+            self.look_for_frames(pack, before, sound)
+        for pack, held in before.items():  # rot may have been noticed on the way
+            assert sound[pack] <= self.says(pack)
+            if pack not in self.parts(disk):
+                assert self.says(pack) <= held
+                self.have[pack] = self.says(pack)
+        self.begun.add(which)
+
+    def look_for_frames(self, pack, before, sound):
+        """The pack was begun: has it what the others had, and nothing else?"""
+        shelf, now = self.store.shelf(pack), self.says(pack)
+        taken = {i for i, name in enumerate(shelf.frames.digests) if not name}
+        assert taken <= now
 
         def named(packs):
-            return {self.store.shelf(p).frames.digests[i] for p, indices in packs for i in indices}
+            return {
+                self.store.shelf(p).frames.digests[i] for p, some in packs.items() if p != pack for i in some
+            }
 
-        sure = named((p, sound) for p, (sound, _) in others.items())
-        maybe = named((p, held) for p, (_, held) in others.items())
-        wanted = {i: d for i, d in enumerate(shelf.frames.digests) if i not in before}
-        assert {i for i, d in wanted.items() if d in sure} <= now - before
-        assert now - before <= {i for i, d in wanted.items() if d in maybe}
-        for pack, (sound, held) in others.items():  # rot may have been noticed on the way
-            assert sound <= self.says(pack) <= held
-            self.have[pack] = self.says(pack)
-        if which not in self.begun and not before:
+        had = before.get(pack, set())
+        wanted = {i: d for i, d in enumerate(shelf.frames.digests) if i not in had | taken}
+        assert {i for i, d in wanted.items() if d in named(sound)} <= now - had
+        assert now - had <= {i for i, d in wanted.items() if d in named(before)} | taken
+        if pack not in before:
             assert shelf.local_bytes == sum(shelf.frames.lengths[i] for i in now)
-        self.have[disk.pack] = now
-        self.durable.setdefault(disk.pack, set())
-        self.begun.add(which)
+        self.have[pack] = now
+        self.durable.setdefault(pack, set())
 
     @precondition(lambda self: self.begun)
     @rule(which=some_disk, index=some_index)
     def put_frame(self, which, index):
         disk, shelf, index = self.pick(which, index)
-        if index is not None:
+        if index is not None and disk.frames[index]:
             shelf.put_frame(index, memoryview(disk.frames[index]))
             self.have[disk.pack].add(index)
+
+    @precondition(lambda self: self.begun)
+    @rule(which=some_disk, but=st.integers(0, 9))
+    def put_all(self, which, but):
+        """Every frame of a disk and of what it builds on, but for one perhaps."""
+        self.do_put_all(which, but)
+
+    def do_put_all(self, which, but):
+        disk, _, _ = self.pick(which, 0)
+        frames = [(p, i, f) for p in self.parts(disk) for i, f in enumerate(self.frames_of(p)) if f]
+        for at, (pack, index, frame) in enumerate(frames):
+            if at != but:
+                self.store.shelf(pack).put_frame(index, frame)
+                self.have[pack].add(index)
 
     @precondition(lambda self: self.begun)
     @rule(which=some_disk, index=some_index, at=st.integers(0, 100), kind=st.sampled_from("bls"))
     def put_wrong_frame(self, which, index, at, kind):
         disk, shelf, index = self.pick(which, index)
         if index is not None:
-            wrong = bytearray(disk.frames[index])
-            wrong[at] ^= 1
+            wrong = bytearray(disk.frames[index] or bytes(100))
+            wrong[at % len(wrong)] ^= 1
             frame = {"b": bytes(wrong), "l": disk.frames[index] + b"\0", "s": b""}[kind]
             with pytest.raises(ChunkCorrupt):
                 shelf.put_frame(index, frame)
@@ -136,7 +184,7 @@ class StoreHistory(RuleBasedStateMachine):
     @rule(which=some_disk, index=some_index)
     def get_frame(self, which, index):
         disk, shelf, index = self.pick(which, index)
-        if index is None or index not in self.have[disk.pack]:
+        if index is None or index not in self.have[disk.pack] or not disk.frames[index]:
             with pytest.raises(NotFound):
                 shelf.get_frame(index or 0)
         elif index in self.rotten(disk.pack):
@@ -147,26 +195,27 @@ class StoreHistory(RuleBasedStateMachine):
             assert shelf.get_frame(index) == disk.frames[index]
 
     @precondition(lambda self: self.begun)
-    @rule(which=some_disk, a=st.floats(0, 1), b=st.floats(0, 1))
-    def read(self, which, a, b):
+    @rule(which=some_disk, a=st.floats(0, 1), b=st.floats(0, 1), everything=st.booleans())
+    def read(self, which, a, b, everything):
         disk, shelf, _ = self.pick(which, 0)
         size = len(disk.plain)
-        start, end = sorted((int(a * size), int(b * size)))
+        start, end = (0, size) if everything else sorted((int(a * size), int(b * size)))
         try:
             assert shelf.read(start, end - start) == disk.plain[start:end]
         except NotFound:
-            assert self.have[disk.pack] != set(range(len(disk.frames)))
+            assert not all(map(self.whole, self.parts(disk)))
         except ChunkCorrupt:
-            lost = self.have[disk.pack] - self.says(disk.pack)
+            lost = {(p, i) for p in self.parts(disk) for i in self.have[p] - self.says(p)}
             assert len(lost) == 1
-            assert lost <= self.rotten(disk.pack)
-            self.have[disk.pack] -= lost
+            assert lost <= {(p, i) for p in self.parts(disk) for i in self.rotten(p)}
+            for pack, index in lost:
+                self.have[pack].discard(index)
 
     @precondition(lambda self: any(self.have.values()))
     @rule(which=some_disk, index=some_index, at=st.floats(0, 1), bit=st.integers(0, 7))
     def rot(self, which, index, at, bit):
         disk, shelf, index = self.pick(which, index)
-        if index in self.have[disk.pack]:
+        if index in self.have[disk.pack] and disk.frames[index]:
             place = shelf.frames.offsets()[index] + int(at * (shelf.frames.lengths[index] - 1))
             with (self.root / "packs" / str(disk.pack) / "frames").open("r+b") as file:
                 file.seek(place)
@@ -191,8 +240,9 @@ class StoreHistory(RuleBasedStateMachine):
         chosen = sorted(self.begun)[which % len(self.begun)]
         self.store.drop(DISKS[chosen].datum)
         self.begun.remove(chosen)
-        pack = DISKS[chosen].pack
-        if pack not in {DISKS[i].pack for i in self.begun}:
+        needed = {DISKS[i].pack for i in self.begun}
+        self.parents = {pack: parent for pack, parent in self.parents.items() if pack in needed}
+        for pack in self.have.keys() - needed - set(self.parents.values()):
             self.have.pop(pack)
             self.durable.pop(pack)
             assert self.store.shelf(pack) is None
@@ -238,27 +288,35 @@ class StoreHistory(RuleBasedStateMachine):
             assert self.says(pack) == have
             shelf = self.store.shelf(pack)
             assert shelf.count == len(have)
-            assert shelf.complete == (len(have) == len(shelf.frames.lengths))
+            assert shelf.complete == all(self.whole(part.pack) for part in shelf.parts)
         held = {(h.datum, h.content, h.pack, h.chunks, h.chunks_total, h.bytes) for h in self.store.held()}
         assert held == {self.expected(DISKS[i]) for i in self.begun}
-        objects = {data for i in self.begun for data in DISKS[i].objects}
+        objects = self.needed()
         frames = [frame for pack in self.have for frame in self.frames_of(pack)]
         assert self.store.used() == sum(map(len, frames)) + sum(map(len, objects))
         for index, disk in enumerate(DISKS):
-            whole = index in self.begun and len(self.have[disk.pack]) == len(disk.frames)
+            whole = index in self.begun and all(map(self.whole, self.parts(disk)))
             assert self.store.complete(disk.datum) == whole
 
+    def needed(self):
+        """The objects of what was begun, and of the parents' packs."""
+        parents = set(self.parents.values())
+        return {data for i in self.begun for data in DISKS[i].objects} | {
+            data for disk in DISKS if disk.pack in parents for data in disk.pack_objects
+        }
+
     def expected(self, disk):
-        shelf, have = self.store.shelf(disk.pack), self.have[disk.pack]
-        size = sum(len(disk.frames[i]) for i in have)
-        return disk.datum, shelf.layout.cid, disk.pack, len(have), len(disk.frames), size
+        frames = [(p, i, f) for p in self.parts(disk) for i, f in enumerate(self.frames_of(p)) if f]
+        here = [len(frame) for pack, index, frame in frames if index in self.have[pack]]
+        content = self.store.shelf(disk.pack).layout.cid
+        return disk.datum, content, disk.pack, len(here), len(frames), sum(here)
 
     def frames_of(self, pack):
         return next(d.frames for d in DISKS if d.pack == pack)
 
     @invariant()
     def it_keeps_the_objects_that_are_needed_and_no_others(self):
-        needed = {str(object_cid(data)) for i in self.begun for data in DISKS[i].objects}
+        needed = {str(object_cid(data)) for data in self.needed()}
         assert {p.name for p in (self.root / "objects").glob("*/*")} == needed
         assert not list((self.root / "tmp").iterdir())
         assert not list((self.root / "packs").glob("*/*.tmp"))
