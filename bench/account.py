@@ -105,6 +105,17 @@ class Account:
         into = "".join(f'echo 0 > "{group}/cgroup.procs"; ' for group in self._groups)
         return ["sh", "-c", f'{into}exec "$0" "$@"', *command] if into else list(command)
 
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """This process itself is on the account within the block."""
+        for group in self._groups:
+            (group / "cgroup.procs").write_text("0")
+        try:
+            yield
+        finally:
+            for group in self._groups:
+                (group.parent / "cgroup.procs").write_text("0")
+
     def watch(self, pid: int) -> None:
         self._roots.append(pid)
 

@@ -229,7 +229,8 @@ def open_lab(folder: Path, congestion: str = "cubic", ahead: bool = False) -> It
         held.flush()
         try:
             lab = Lab(lock.name, scratch, congestion, ahead)
-            yield lab
+            with Account(f"{lock.name}-driver", ahead).joined():  # or it would hear late that they are done
+                yield lab
         finally:
             if lab:
                 lab.clear()
