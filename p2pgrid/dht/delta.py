@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import zstandard
 
 from p2pgrid.dht.frame import compress, expand
-from p2pgrid.dht.manifest import FRAME_MAX
+from p2pgrid.dht.manifest import CHUNK_SIZE, FRAME_MAX
 from p2pgrid.errors import BadFrame
 
 BLOCK = 4096
@@ -33,8 +33,12 @@ DICT_MAX = 1 << 20
 """Bytes that all refs of a frame name together."""
 DELTA_MAX = FRAME_MAX + 3 + 6 * REFS_MAX
 """Bytes of a delta frame."""
-LEVEL = 3
+LEVEL = 6
+COPY = bytes.fromhex("28b52ffda000000400 540000000100fdff0300e40808 550000000100fdff0300e40808")
+"""The zstd frame that is its dictionary of `CHUNK_SIZE` bytes: in each of its two blocks of 128 KiB, 131072
+bytes from 262144 bytes ago.  Most chunks of a disk that was laid out afresh are nothing else."""
 
+Plain = bytes | bytearray | memoryview
 Range = tuple[int, int]
 """(first block, blocks) of the parent."""
 
@@ -57,23 +61,26 @@ def gather(ranges: Sequence[Range], size: int, read: Callable[[int, int], bytes]
     return b"".join(parts)
 
 
-def encode_delta(plain: bytes, ranges: Sequence[Range], dictionary: bytes) -> bytes:
+def encode_delta(plain: Plain, ranges: Sequence[Range], dictionary: bytes) -> bytes:
     """The delta frame of `plain` by `dictionary`, which `gather` made of `ranges`.
 
-    Never longer than a plain frame and three bytes.
+    Not longer than a plain frame and three bytes, unless it is shorter than an eighth of the chunk.
     """
     assert len(ranges) <= REFS_MAX, "more refs than a frame may have"
     assert sum(blocks for _, blocks in ranges) * BLOCK == len(dictionary) <= DICT_MAX, "another dictionary"
-    unlike = _HEAD.pack(_VERSION, 0) + compress(plain)
-    if not ranges:
-        return unlike
-    raw = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-    packer = zstandard.ZstdCompressor(
-        level=LEVEL, dict_data=raw, write_checksum=False, write_content_size=True, write_dict_id=False
-    )
     head = _HEAD.pack(_VERSION, len(ranges)) + b"".join(_REF.pack(*found) for found in ranges)
-    alike = head + packer.compress(plain)
-    return min(alike, unlike, key=len)
+    if plain == dictionary and len(plain) == CHUNK_SIZE:
+        return head + COPY
+    if ranges:
+        raw = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+        packer = zstandard.ZstdCompressor(
+            level=LEVEL, dict_data=raw, write_checksum=False, write_content_size=True, write_dict_id=False
+        )
+        alike = head + packer.compress(plain)
+        if len(alike) < len(plain) // 8:
+            return alike
+        return min(alike, encode_delta(plain, [], b""), key=len)
+    return head + compress(plain)
 
 
 def delta_refs(frame: bytes | memoryview, size: int) -> tuple[list[Range], memoryview]:

@@ -1,0 +1,323 @@
+"""Find which parts of a parent resemble a chunk: a guess, which zstd then makes exact.
+
+Pure: chunks in, ranges of the parent out.  Import it only where a delta is made: numpy takes 30 MB.
+
+    block of the chunk   in the parent?                            the dictionary
+    ──────────────────   ──────────────────────────────────────    ──────────────────────────
+    zero                                                           nothing, or a hole
+    equal to a block     looked up by name: 32 bits of a hash      that block
+    new                  marks: a few hashes of 32 bytes,          the block with most votes, and
+                         each hit a vote for a block, and for      the next best in front of all
+                         its neighbours' neighbours
+
+Blocks are 4 KiB because file systems align files to them.  Marks are taken of the parent every
+16 bytes, as compilers align functions, and of a new block at *every* byte (rsync's asymmetry:
+Tridgell, 1999); of both only those whose hash begins with `RARE` zero bits, so that both
+sides choose the same ones without knowing of each other (Manber, 1994).
+
+What moved moves together.  A vote for parent block p by block t is also one, `FADE` times
+weaker for each step, that t+1 resembles p+1.  So a mark every other block is enough, where
+without it ten times as many were not.
+
+Blocks stand in the dictionary as they stand in the chunk, so runs of equal ones are one
+match at one distance, whatever order the parent has them in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2pgrid.dht.content import CHUNK_SIZE
+from p2pgrid.dht.delta import BLOCK, Range
+from p2pgrid.ids import DIGEST_SIZE, digest
+
+BLOCKS_MAX = 4 << 20
+"""Blocks (16 GiB) of a parent that are looked at: memory is 8 bytes for each, and for each mark."""
+RARE = 7
+"""Bits: one hash in 128 is a mark, two in a block."""
+COMMON = 16
+"""Places of a mark; one that has more tells nothing."""
+HITS_MAX = 1024
+"""Pairs of alike blocks that vote for one chunk: what repeats itself is not worth more."""
+REACH = 16
+"""Blocks to each side that a vote counts for."""
+FADE = 0.8
+LEAST = 0.1
+"""Votes below which a block is not worth reading."""
+
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+Votes = NDArray[np.float64]
+I64 = NDArray[np.int64]
+Plain = bytes | bytearray | memoryview
+
+_WORD = np.dtype("<u8")
+_WORDS = BLOCK // 8
+_PHASES = 8
+_ODD = np.array(
+    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xFF51AFD7ED558CCD],
+    np.uint64,
+)
+_MIX = (np.arange(1, 2 * _WORDS, 2, dtype=np.uint64) * _ODD[0]) ^ _ODD[1] | np.uint64(1)
+_CHUNK = CHUNK_SIZE // BLOCK
+_ZERO, _NEW = -2, -1
+_HEAD = struct.Struct("<8sQQQQ")
+_MAGIC = b"likely 1"
+
+
+class Likeness:
+    """What is known of one parent.  Not changed after it was made, so any thread may ask."""
+
+    def __init__(self, names: U32, blocks: U32, marks: U32, places: U32, end: int, hole: int) -> None:
+        self._names = names
+        """Of each block that is not zero, sorted; `_blocks` says which block it is."""
+        self._blocks = blocks
+        self._marks = marks
+        """Sorted; `_places` says in which block each lies."""
+        self._places = places
+        self._end = end
+        """Blocks from here on are not known."""
+        self._hole = hole
+        """The first block of a hole of at least a chunk; -1 where there is none."""
+
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[int, Plain]]) -> Likeness:
+        """Look at a parent's (offset, plain bytes), ascending; what is left out is holes."""
+        names, blocks, marks, places = ([np.zeros(0, np.uint32)] for _ in range(4))
+        left = BLOCKS_MAX
+        end, widest, hole = 0, 0, -1
+        for offset, plain in chunks:
+            first = offset // BLOCK
+            assert offset == first * BLOCK >= end * BLOCK, "not in order"
+            words = _words(plain)
+            if first - end > widest:
+                widest, hole = first - end, end
+            end = first + len(words) // _WORDS
+            named = _block_names(words)
+            filled = np.flatnonzero(named)
+            names.append(named[filled])
+            blocks.append((filled + first).astype(np.uint32))
+            at, found = _marks(words[::2], words[1::2], 1)
+            marks.append(found)
+            places.append((at // (_WORDS // 2) + first).astype(np.uint32))
+            left -= len(filled)
+            if left < 0:
+                break
+        sorted_names, sorted_blocks = _sorted(np.concatenate(names), np.concatenate(blocks))
+        sorted_marks, sorted_places = _sorted(np.concatenate(marks), np.concatenate(places))
+        low, high = _span(sorted_marks, sorted_marks)
+        telling = high - low <= COMMON
+        return cls(sorted_names, sorted_blocks, sorted_marks[telling], sorted_places[telling],
+                   end, hole if widest >= _CHUNK else -1)  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Write to `path`, whole or not at all; it may be made again, so nothing is synced."""
+        arrays = (self._names, self._blocks, self._marks, self._places)
+        head = _HEAD.pack(_MAGIC, len(self._names), len(self._marks), self._end, self._hole + 1)
+        body = b"".join([head, *(a.astype("<u4").tobytes() for a in arrays)])
+        aside = path.with_name(path.name + ".new")
+        try:
+            aside.write_bytes(digest(body) + body)
+            os.replace(aside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> Likeness | None:
+        """What was saved; None where that is nothing, another version, or damaged."""
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        body = memoryview(data)[DIGEST_SIZE:]
+        if len(body) < _HEAD.size or digest(body) != data[:DIGEST_SIZE]:
+            return None
+        magic, blocks, marks, end, hole = _HEAD.unpack_from(body)
+        if magic != _MAGIC:
+            return None
+        numbers = np.frombuffer(body[_HEAD.size :], "<u4")
+        named, where, found, places = np.split(numbers, np.cumsum([blocks, blocks, marks]))
+        return cls(named, where, found, places, end, hole - 1)
+
+    def ranges(self, plain: Plain, near: int) -> list[Range]:
+        """Which parts of the parent to tell the chunk at offset `near` by; none if nothing is alike."""
+        words = _words(plain)
+        guess = self._equal(words, near // BLOCK)
+        new = np.flatnonzero(guess == _NEW)
+        if not len(new):
+            return _joined(self._with_holes(guess))
+        best, second = self._alike(words, guess, new)
+        guess[new] = best
+        told = guess[guess >= 0]
+        more = np.setdiff1d(second[second >= 0], told)
+        return _joined(more) + _joined(told)
+
+    def resemblance(self, sample: Sequence[Plain]) -> float:
+        """How much of the chunks in `sample` is in the parent, 0 to 1; a block that is alike counts half."""
+        filled, found = 0, 0.0
+        for plain in sample:
+            words = _words(plain)
+            guess = self._equal(words, 0)
+            new = np.flatnonzero(guess == _NEW)
+            filled += int(np.count_nonzero(guess != _ZERO))
+            found += int(np.count_nonzero(guess >= 0))
+            if len(new):
+                found += len(np.unique(self._hits(words, new)[0])) / 2
+        return found / filled if filled else 0.0
+
+    # --- equal ------------------------------------------------------------------------
+
+    def _equal(self, words: U64, near: int) -> I64:
+        """For each block of the chunk the equal one of the parent, or `_ZERO` or `_NEW`."""
+        names = _block_names(words)
+        low, high = _span(self._names, names)
+        count = high - low
+        guess = np.where(names == 0, _ZERO, np.full(len(names), _NEW))
+        guess[count == 1] = self._blocks[low[count == 1]]
+        shift = near
+        for i in np.flatnonzero(count > 1).tolist():
+            # Where there is a choice, what goes on where the last one ended: a run costs least.
+            if i and guess[i - 1] >= 0:
+                shift = int(guess[i - 1]) + 1 - i
+            places = self._blocks[low[i] : high[i]]
+            guess[i] = places[min(int(np.searchsorted(places, i + shift)), len(places) - 1)]
+        return guess
+
+    def _with_holes(self, guess: I64) -> I64:
+        """Holes where the chunk is zero, so that all of it is in the dictionary."""
+        if self._hole < 0:
+            return guess[guess >= 0]
+        return np.where(guess == _ZERO, self._hole + np.arange(len(guess)), guess)
+
+    # --- alike ------------------------------------------------------------------------
+
+    def _alike(self, words: U64, guess: I64, new: I64) -> tuple[I64, I64]:
+        """For each `new` block of the chunk the two that resemble it most; -1 for none."""
+        ours, theirs, votes = self._hits(words, new)
+        edges = np.flatnonzero((guess >= 0) & (_beside(guess == _NEW)))
+        ours = np.concatenate([ours, edges])
+        theirs = np.concatenate([theirs, guess[edges]])
+        votes = np.concatenate([votes, np.ones(len(edges))])
+
+        steps = np.arange(-REACH, REACH + 1)
+        block = (ours[:, None] + steps).ravel()
+        place = (theirs[:, None] + steps).ravel()
+        votes = (votes[:, None] * FADE ** np.abs(steps)).ravel()
+        rank = np.full(len(guess) + 2 * REACH, -1)  # of a new block among them; what is outside is none
+        rank[new] = np.arange(len(new))
+        row = rank[block]
+        good = (row >= 0) & (place >= 0) & (place < self._end)
+        row, place, votes = _summed(row[good], place[good], votes[good])
+        good = votes >= LEAST
+        row, place, votes = row[good], place[good], votes[good]
+        order = np.lexsort((-votes, row))
+        row, place = row[order], place[order]
+
+        best = np.full(len(new), -1)
+        second = np.full(len(new), -1)
+        top = np.flatnonzero(np.diff(row, prepend=-1))
+        best[row[top]] = place[top]
+        top = top[:-1] if len(top) and top[-1] + 1 == len(row) else top
+        top = top[row[top + 1] == row[top]]
+        second[row[top]] = place[top + 1]
+        return best, second
+
+    def _hits(self, words: U64, new: I64) -> tuple[I64, I64, Votes]:
+        """Pairs of a `new` block and one of the parent, and the marks they share: rare ones count more."""
+        rows = words.reshape(-1, _WORDS)[new]
+        plain = np.append(rows.ravel(), np.uint64(0)).view(np.uint8)
+        ours: list[I64] = []
+        found: list[U32] = []
+        for phase in range(_PHASES):
+            shifted = plain[phase : phase - _PHASES].copy().view(np.uint64)
+            at, marks = _marks(shifted[:-1], shifted[1:], 2)
+            ours.append(new[(at * 8 + phase) // BLOCK])
+            found.append(marks)
+        low, high = _span(self._marks, np.concatenate(found))
+        count = high - low
+        which = np.repeat(np.arange(len(count)), count)
+        nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+        theirs = self._places[low[which] + nth].astype(np.int64)
+        pairs = _summed(np.concatenate(ours)[which], theirs, 1.0 / count[which])
+        if len(pairs[0]) <= HITS_MAX:
+            return pairs
+        kept = np.argsort(-pairs[2], kind="stable")[:HITS_MAX]
+        return pairs[0][kept], pairs[1][kept], pairs[2][kept]
+
+
+# --- hashes ----------------------------------------------------------------------------
+
+
+def _words(plain: Plain) -> U64:
+    """`plain` as words; zeros fill the last block up."""
+    short = -len(plain) % BLOCK
+    return np.frombuffer(bytes(plain) + bytes(short) if short else plain, _WORD).astype(np.uint64, copy=False)
+
+
+def _block_names(words: U64) -> U32:
+    """A number for each block; a zero block has 0."""
+    mixed = words.reshape(-1, _WORDS)
+    mixed = ((mixed ^ (mixed >> 29)) * _MIX).sum(axis=1, dtype=np.uint64)
+    return (_scrambled(mixed) >> 32).astype(np.uint32)
+
+
+def _marks(even: U64, odd: U64, step: int) -> tuple[I64, U32]:
+    """Where in 16-byte pieces (two words each) a mark begins, and the marks; `step` pieces are 16 bytes."""
+    mixed = even * _ODD[0]
+    mixed ^= mixed >> 31
+    mixed += odd * _ODD[1]
+    mixed = _scrambled(mixed[:-step] * _ODD[2] + mixed[step:] * _ODD[3])
+    at = np.flatnonzero(mixed >> (64 - RARE) == 0)
+    marks = mixed[at].astype(np.uint32)
+    return at[marks != 0], marks[marks != 0]
+
+
+def _scrambled(mixed: U64) -> U64:
+    mixed ^= mixed >> 32
+    mixed *= _ODD[4]
+    return mixed
+
+
+# --- arrays ----------------------------------------------------------------------------
+
+
+def _sorted(keys: U32, values: U32) -> tuple[U32, U32]:
+    """Both by `keys`; the values of equal keys keep their order."""
+    order = np.argsort(keys, kind="stable")
+    return keys[order], values[order]
+
+
+def _span(keys: U32, wanted: U32) -> tuple[I64, I64]:
+    """From where to where in the sorted `keys` each of `wanted` stands."""
+    return np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
+
+
+def _summed(row: I64, place: I64, votes: Votes) -> tuple[I64, I64, Votes]:
+    """Each pair (row, place) once, with the sum of its votes."""
+    pairs, nth = np.unique(row << 32 | place, return_inverse=True)
+    summed = np.bincount(nth, votes, len(pairs)).astype(np.float64)
+    return pairs >> 32, pairs & 0xFFFFFFFF, summed
+
+
+def _beside(marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What stands before or behind a marked one."""
+    beside = np.zeros_like(marked)
+    beside[1:] |= marked[:-1]
+    beside[:-1] |= marked[1:]
+    return beside
+
+
+def _joined(blocks: I64) -> list[Range]:
+    """The ranges of a sequence of blocks."""
+    cuts = np.flatnonzero(np.diff(blocks, prepend=-2) != 1)
+    lengths = np.diff(cuts, append=len(blocks))
+    return list(zip(blocks[cuts].tolist(), lengths.tolist(), strict=True))
