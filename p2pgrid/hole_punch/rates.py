@@ -25,12 +25,18 @@ FILL = 0.05
 """Seconds of a rate that may be saved up: threads wake up a little late."""
 RECORD = 16 << 10
 """Bytes that are moved in one go: a TLS record."""
-TARGET = 0.05
-"""Seconds of queue in a path that nobody minds; LEDBAT allows twice as much."""
+ON_THE_WIRE = 1.05
+"""What a byte costs with the headers of TLS, TCP, IP and Ethernet at 1500 bytes a packet: a cap is of what
+a router counts."""
+TARGET = 0.03
+"""Seconds of queue in a path that nobody minds; LEDBAT allows 0.1."""
 SAMPLE = 0.1
 """Seconds between two looks at a path's delay."""
-GROWTH, CUT = 0.05, 0.3
-"""Shares by which a courteous rate grows, and is cut at most, at each look."""
+GROWTH, CUT = 0.01, 0.3
+"""Shares by which a courteous rate grows, and is cut at most, at each look: slower than TCP does, or
+others would never get what was left to them."""
+EMPTY, REGROWTH = 0.25, 0.05
+"""With less than this share of `TARGET` queued nobody else is there: then it grows by more."""
 RATE_MIN = 16_000.0
 """Bytes a second that courtesy leaves, so that the path is still measured and nothing times out."""
 FREE = 4.0
@@ -88,15 +94,16 @@ class Courtesy:
     def __init__(self) -> None:
         self.rate = math.inf
 
-    def observe(self, delay: float, base: float, speed: float) -> None:
-        """The path takes `delay` s, at best `base` s, while `speed` bytes/s are sent."""
+    def observe(self, delay: float, base: float, speed: float, elapsed: float = SAMPLE) -> None:
+        """The path takes `delay` s, at best `base` s; `speed` bytes/s were sent in the last `elapsed` s."""
         excess = (delay - base) / TARGET - 1
         if excess > 0:
             self.rate = max(RATE_MIN, min(self.rate, speed) * (1 - min(CUT, CUT * excess)))
         elif self.rate > FREE * max(speed, RATE_MIN):
             self.rate = math.inf
         else:
-            self.rate *= 1 + GROWTH * min(1.0, -excess)
+            growth = REGROWTH if excess < EMPTY - 1 else GROWTH * -excess
+            self.rate *= min((1 + growth) ** (elapsed / SAMPLE), 2.0)
 
 
 class Rates:
@@ -156,10 +163,12 @@ class LinkRates:
         return min(max(waits), LOOK_MAX)
 
     def sent(self, size: int, now: float) -> None:
+        """`size` bytes went into the link."""
+        self._sent += size
+        size = int(ON_THE_WIRE * size)
         self._rates.up.spend(size, now)
         self._up.spend(size, now)
         self._yielding.spend(size, now)
-        self._sent += size
 
     def may_read(self, now: float) -> float:
         """Seconds until a record may be read; look again after them."""
@@ -167,6 +176,8 @@ class LinkRates:
         return min(max(self._rates.down.wait(now), self._down.wait(now)), LOOK_MAX)
 
     def read(self, size: int, now: float) -> None:
+        """`size` bytes came out of the link."""
+        size = int(ON_THE_WIRE * size)
         self._rates.down.spend(size, now)
         self._down.spend(size, now)
 
@@ -177,8 +188,8 @@ class LinkRates:
     def observe(self, delay: float, base: float, now: float) -> None:
         """The path takes `delay` s now, and took `base` s at best."""
         elapsed = now - self._looked_at
-        if elapsed < 10 * SAMPLE:  # after a pause the speed would say nothing
-            self._courtesy.observe(delay, base, self._sent / elapsed)
+        if elapsed < math.inf:
+            self._courtesy.observe(delay, base, self._sent / elapsed, elapsed)
         self._sent = 0
         self._looked_at = now
         self._look_at = now + SAMPLE

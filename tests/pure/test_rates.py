@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pgrid.hole_punch.rates import FILL, LOOK_MAX, RATE_MIN, RECORD, TARGET, Courtesy, Limits, Rates
+from p2pgrid.hole_punch.rates import FILL, LOOK_MAX, ON_THE_WIRE, RATE_MIN, RECORD, TARGET, Courtesy, Limits, Rates
 
 
 def moved(rates: Rates, links: int, seconds: float, late: float, up: bool = True) -> list[int]:
@@ -24,7 +24,7 @@ def moved(rates: Rates, links: int, seconds: float, late: float, up: bool = True
         wait = link.may_send(now) if up else link.may_read(now)
         if wait == 0:
             (link.sent if up else link.read)(RECORD, now)
-            totals[place] += RECORD
+            totals[place] += int(ON_THE_WIRE * RECORD)
             wakes.append((now + 1e-5, place))
         else:
             assert wait <= LOOK_MAX
@@ -110,6 +110,30 @@ def test_short_buffers_never_make_it_slower() -> None:
     for _ in range(1000):
         courtesy.observe(0.02 + 0.9 * TARGET, 0.02, 25e6)
     assert courtesy.rate == math.inf
+
+
+def test_what_gave_way_is_back_soon_when_the_others_have_gone() -> None:
+    rates = Rates(Limits(courteous="always"))
+    link, now = rates.link(private=True), 0.0
+
+    def send(until: float, delay: float) -> float:
+        """Bytes a second that a greedy link sends while the path's delay is `delay`."""
+        nonlocal now
+        began, sent = now, 0
+        while now < until:
+            if link.due(now):
+                link.observe(delay, 0.02, now)
+            wait = link.may_send(now)
+            if not wait:
+                link.sent(RECORD, now)
+                sent += RECORD
+            now += wait or RECORD / 5e6
+        return sent / (now - began)
+
+    send(10.0, 0.02 + 10 * TARGET)
+    assert send(20.0, 0.02 + 10 * TARGET) < 2 * RATE_MIN
+    send(35.0, 0.02)
+    assert send(40.0, 0.02) > 4e6
 
 
 def test_beside_a_path_that_is_always_full_something_is_left() -> None:
