@@ -21,7 +21,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +36,7 @@ import attrs
 from bench.account import Account, groups_of, remove_group
 
 LOCKS = Path("/run/p2pgrid-bench")
+SPACES = Path("/run/netns")
 BUFFER = 0.025
 """Seconds of its rate that a shaped link holds back before it drops."""
 BURST = 32 << 10
@@ -80,7 +80,7 @@ class Host:
 
     def words(self, command: Sequence[object]) -> list[str]:
         """`command` as it must be started to run in this host."""
-        inside = ["nsenter", f"--net=/run/netns/{self.space}", "--", *map(str, command)]
+        inside = ["nsenter", f"--net={SPACES / self.space}", "--", *map(str, command)]
         return self.account.words(inside)
 
     def start(self, command: Sequence[object], **popen: Any) -> subprocess.Popen[Any]:
@@ -271,8 +271,8 @@ def sweep() -> None:
 
 def _remove(name: str) -> None:
     """Every namespace, process and control group that is called `name` or `name-…`."""
-    for space in re.findall(rf"^{name}(?!\w)\S*", sh("ip netns list"), re.MULTILINE):
-        _empty(space)
-        sh(f"ip netns del {space}")
+    for space in (*SPACES.glob(name), *SPACES.glob(f"{name}-*")):
+        _empty(space.name)
+        sh(f"ip netns del {space.name}")
     for group in groups_of(name):
         remove_group(group)

@@ -21,6 +21,7 @@ from bench import table
 from bench.grid import report
 from bench.lab import Lab
 from bench.peers import Bout, peer
+from bench.scenario import FAILURES
 
 GIB = 1 << 30
 BLAKE3 = (
@@ -58,9 +59,12 @@ def _one_file(lab: Lab, systems: Sequence[str], file: Path) -> Iterator[dict[str
             continue
         host = lab.host("origin")
         system = made(Bout(file, None, host, []))
-        system.prepare()
-        for what in ("new", "known"):
-            yield {"system": name, "what": what, **_timed(host.account.cpu, system.publish)}
+        try:
+            system.prepare()
+            for what in ("new", "known"):
+                yield {"system": name, "what": what, **_timed(host.account.cpu, system.publish)}
+        except FAILURES as failed:
+            yield {"system": name, "failed": f"{type(failed).__name__}: {failed}"}
         lab.clear()
 
 

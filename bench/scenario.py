@@ -34,10 +34,13 @@ from bench.account import looking
 from bench.grid import together
 from bench.lab import Host, Lab
 from bench.peers import Bout, Peer
+from p2pgrid.errors import GridError
 
 GIB = 1 << 30
 PATIENCE = 900.0
 """Seconds that one transfer may take."""
+FAILURES = (OSError, RuntimeError, AssertionError, ValueError, subprocess.SubprocessError, GridError)
+"""What a system may meet without ending the bench."""
 
 
 @attrs.frozen
@@ -83,10 +86,9 @@ def bout(lab: Lab, made: type[Peer], case: Case) -> dict[str, Any]:
         return row | {"skipped": why}
     try:
         return row | _measured(made(Bout(case.file, case.old, *_hosts(lab, case))), case)
-    except subprocess.CalledProcessError as failed:
-        return row | {"failed": f"{failed}: {failed.stderr}"}
-    except (OSError, RuntimeError, AssertionError, ValueError) as failed:
-        return row | {"failed": f"{type(failed).__name__}: {failed}"}
+    except FAILURES as failed:
+        said = getattr(failed, "stderr", None) or ""
+        return row | {"failed": f"{type(failed).__name__}: {failed}\n{said}".strip()}
     finally:
         lab.clear()
 

@@ -28,15 +28,22 @@ def head() -> str:
 
 def line(row: dict[str, Any]) -> str:
     begin = f"{row['system']:<20}{row.get('workers', ''):>3}"
-    for why in ("skipped", "failed"):
-        if why in row:
-            said = row[why].splitlines()
-            return f"{begin}  {why}: {said[0]}" + (f" … {said[-1].strip()}" if said[1:] else "")
+    if lacking := _lacking(row):
+        return f"{begin}  {lacking}"
     cells = (
         f"{row[key] / unit:>{width}.{decimals}f}" if key in row else " " * (width - 1) + "-"
         for key, _, width, decimals, unit in COLUMNS
     )
     return begin + "".join(cells)
+
+
+def _lacking(row: dict[str, Any]) -> str:
+    """Why a row has no figures, on one line; empty where it has."""
+    for why in ("skipped", "failed"):
+        if why in row:
+            said = row[why].splitlines()
+            return f"{why}: {said[0]}" + (f" … {said[-1].strip()}" if said[1:] else "")
+    return ""
 
 
 def title(row: dict[str, Any]) -> str:
@@ -51,7 +58,7 @@ PUBLISH_HEAD = f"{'system':<20}{'what':<8}{'seconds':>9}{'CPU s':>8}{'MB/s':>8}"
 
 
 def publish_line(row: dict[str, Any]) -> str:
-    if "skipped" in row:
-        return f"{row['system']:<20}skipped: {row['skipped']}"
+    if lacking := _lacking(row):
+        return f"{row['system']:<20}{lacking}"
     speed = row["bytes"] / MB / row["seconds"]
     return f"{row['system']:<20}{row['what']:<8}{row['seconds']:>9.2f}{row['cpu_seconds']:>8.2f}{speed:>8.0f}"

@@ -39,7 +39,7 @@ def bench(*words: object) -> subprocess.Popen[str]:
 def remains(pid: int) -> list[object]:
     """What the bench with this process id has left."""
     name = f"pgb{pid}"
-    spaces = [line for line in labs.sh("ip netns list").splitlines() if line.startswith(f"{name}-")]
+    spaces = labs.SPACES.glob(f"{name}-*")
     folders = [*Path("/dev/shm").glob(f"{name}-*"), *labs.LOCKS.glob(name)]
     processes = [
         p for p in psutil.process_iter(["cmdline"]) if f"/{name}-" in " ".join(p.info["cmdline"] or [])
@@ -62,14 +62,12 @@ def slow(disk: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     def begin() -> subprocess.Popen[str]:
         running = bench("swarm", "--disk", disk, "--workers", 1, "--rate", 0.5, "--systems", "p2pgrid")
         begun.append(running)
-        lock = labs.LOCKS / f"pgb{running.pid}"
+        space = labs.SPACES / f"pgb{running.pid}-worker-0"
 
-        def fetching() -> bool:
-            spaces = labs.sh("ip netns list") if lock.exists() else ""
-            space = f"{lock.name}-worker-0"
-            return space in spaces and bool(labs.sh(f"ip netns pids {space}"))
+        def runs() -> bool:
+            return space.exists() and bool(labs.sh(f"ip netns pids {space.name}"))
 
-        until(fetching, "a worker's daemon runs")
+        until(runs, "a worker's daemon runs")
         return running
 
     yield begin
