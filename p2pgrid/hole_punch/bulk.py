@@ -25,7 +25,6 @@ import contextlib
 import errno
 import ipaddress
 import socket
-import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import attrs
@@ -39,6 +38,7 @@ from p2pgrid.hole_punch.greeting import bare, connect, discard, greet
 from p2pgrid.hole_punch.link import Link, Receive, Receiver
 from p2pgrid.hole_punch.path import ADDRESSES_MAX, Address, Way, candidates, own_addresses
 from p2pgrid.hole_punch.rates import Rates
+from p2pgrid.hole_punch.tls import Tls
 from p2pgrid.ids import PeerId
 from p2pgrid.net import Channel, Network
 
@@ -241,13 +241,13 @@ class Links:
     def _addresses(self) -> list[str]:
         return own_addresses(self.bound, self._network.addresses)
 
-    def _adopt(self, peer: PeerId, way: Way, sock: ssl.SSLSocket, *, welcome: bool) -> Link:
+    def _adopt(self, peer: PeerId, way: Way, tls: Tls, *, welcome: bool) -> Link:
         try:
-            host = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+            host = ipaddress.ip_address(tls.socket.getpeername()[0].partition("%")[0])
             rates = self.rates.link(private=not host.is_global)
-            link = Link(peer, way, sock, self._receive, rates)
+            link = Link(peer, way, tls, self._receive, rates)
         except OSError:  # no descriptor left for what wakes its thread, or the peer is gone already
-            sock.close()
+            tls.close()
             raise
         if welcome:
             link.send()
@@ -274,7 +274,7 @@ class Links:
         addresses = candidates(told[:ADDRESSES_MAX], self._network.addresses_of(peer))
         context = self._certificate.context(server=False, pinned=[certificate])
         send, answered = trio.open_memory_channel[socket.socket](len(addresses))
-        kept: list[ssl.SSLSocket] = []
+        kept: list[Tls] = []
         with trio.move_on_after(DIAL_PATIENCE):
             async with trio.open_nursery() as nursery:
                 with send:
@@ -317,7 +317,7 @@ class Links:
                 greeted = await greet(context, sock, None, server=True)
                 if greeted is None:
                     return
-                expected = self._expected.pop(greeted.getpeercert(binary_form=True) or b"", None)
+                expected = self._expected.pop(greeted.certificate or b"", None)
                 if expected is None:
                     greeted.close()
                     return

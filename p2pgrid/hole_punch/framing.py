@@ -22,6 +22,8 @@ MESSAGE_MAX = (1 << 20) + 64
 """Bytes of a body: one manifest object and its name."""
 START = 512 * 1024
 """Bytes of buffer a link starts with: a whole chunk and a good part of the next."""
+SPACE = 128 * 1024
+"""Bytes of room below which what is there is moved to the front: it is less than one message."""
 
 
 def header(length: int) -> bytes:
@@ -43,7 +45,8 @@ class Framing:
         """Room for the next bytes; never empty.  Ends the life of the views given out."""
         if self._start == self._end:
             self._start = self._end = 0
-        if self._start + self._wanted > len(self._view):
+        room = len(self._view) - self._end
+        if self._start + self._wanted > len(self._view) or (room < SPACE and self._start):
             rest = self._view[self._start : self._end]
             if self._wanted > len(self._view):
                 self._view = memoryview(bytearray(HEADER + MESSAGE_MAX))

@@ -6,20 +6,18 @@ Everything here runs in trio on non-blocking sockets; whoever leaves early close
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
-from collections.abc import Callable
-from typing import TypeVar
 
 import structlog
 import trio
 
 from p2pgrid.hole_punch.framing import HEADER
 from p2pgrid.hole_punch.path import Address
+from p2pgrid.hole_punch.tls import Tls
 
 log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
 
 UNSENT = 256 << 10
 """Bytes that the kernel takes beyond those under way: what lies there can no longer be chosen."""
@@ -79,37 +77,39 @@ def discard(answered: trio.MemoryReceiveChannel[socket.socket]) -> None:
 
 async def greet(
     context: ssl.SSLContext, sock: socket.socket, pinned: bytes | None, *, server: bool
-) -> ssl.SSLSocket | None:
+) -> Tls | None:
     """Shake hands on `sock`; where we dialled, compare the certificate and hear the welcome.
 
     None, and the socket closed, where it is somebody else or nobody.
     """
     kept = False
+    tls = Tls(context, sock, server=server)
     try:
-        tls = context.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
-        sock = tls
-        await _patiently(tls, tls.do_handshake)
+        while wanted := tls.shake():
+            await _ready(sock, wanted)
         if pinned is not None:
-            if tls.getpeercert(binary_form=True) != pinned:
+            if tls.certificate != pinned:
                 return None
-            for _ in range(HEADER):  # byte by byte: what follows is the link's
-                if await _patiently(tls, lambda: tls.recv(1)) != b"\0":
-                    return None
+            welcome = memoryview(bytearray(HEADER))  # no more than that: what follows is the link's
+            got = 0
+            while got < HEADER:
+                count = tls.read(welcome[got:])
+                if not count:
+                    await _ready(sock, select.POLLIN)
+                got += count
+            if any(welcome):
+                return None
         kept = True
         return tls
-    except OSError:  # ssl.SSLError is one
+    except (OSError, EOFError):
         return None
     finally:
         if not kept:
-            sock.close()
+            tls.close()
 
 
-async def _patiently(tls: ssl.SSLSocket, act: Callable[[], T]) -> T:
-    """Do `act` on a non-blocking TLS socket, waiting as it asks."""
-    while True:
-        try:
-            return act()
-        except ssl.SSLWantReadError:
-            await trio.lowlevel.wait_readable(tls.fileno())
-        except ssl.SSLWantWriteError:
-            await trio.lowlevel.wait_writable(tls.fileno())
+async def _ready(sock: socket.socket, wanted: int) -> None:
+    if wanted == select.POLLIN:
+        await trio.lowlevel.wait_readable(sock.fileno())
+    else:
+        await trio.lowlevel.wait_writable(sock.fileno())

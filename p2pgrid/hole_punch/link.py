@@ -16,11 +16,9 @@ without reading is not coming back.
 from __future__ import annotations
 
 import collections
-import contextlib
 import math
 import select
 import socket
-import ssl
 import struct
 import threading
 import time
@@ -28,9 +26,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from p2pgrid.errors import BadFrame, PeerError
-from p2pgrid.hole_punch.framing import Framing, header
+from p2pgrid.hole_punch.framing import HEADER, Framing, header
 from p2pgrid.hole_punch.path import Way
-from p2pgrid.hole_punch.rates import RECORD, LinkRates, Rates
+from p2pgrid.hole_punch.rates import LinkRates, Rates
+from p2pgrid.hole_punch.tls import READ, RECORD, Tls
 from p2pgrid.ids import PeerId
 
 LOW = 256 << 10
@@ -43,8 +42,8 @@ BURST = 1 << 20
 """Bytes moved one way before the other way gets its turn."""
 TCP_INFO_SIZE, RTT_AT, MIN_RTT_AT = 152, 68, 148
 """Bytes of Linux' `tcp_info` that are looked at, and where the delay (µs) lies in it."""
-JOINT = 4096
-"""Bytes below which buffers are copied together: a TLS record of its own costs more."""
+SEAL = 128 << 10
+"""Bytes sealed before they are sent: few system calls, and little that can no longer be overtaken."""
 
 
 class Receiver(Protocol):
@@ -74,23 +73,23 @@ class Link:
     """A live connection to one peer.  Thread-safe."""
 
     def __init__(
-        self, peer: PeerId, way: Way, sock: ssl.SSLSocket, receive: Receive, rates: LinkRates | None = None
+        self, peer: PeerId, way: Way, tls: Tls, receive: Receive, rates: LinkRates | None = None
     ) -> None:
         self.peer = peer
         self.way = way
-        self._socket = sock
+        self._tls = tls
         self._rates = rates or Rates().link(private=True)
         self._framing = Framing()
         self._queue: collections.deque[bytes] = collections.deque()
         self._queued = 0
-        self._unsent = memoryview(b"")
-        self._offered = 0
+        self._begun = memoryview(b"")
+        """What is left of the piece that was taken from the queue last."""
+        self._sealed = 0
         self._lock = threading.Lock()
         self._closing = ""
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._rung = False
-        self._thread = 0
+        self._asleep = self._rung = False
         self.receiver = receive(self)
 
     def __repr__(self) -> str:
@@ -113,13 +112,12 @@ class Link:
     def send(self, *buffers: bytes) -> None:
         """Queue one whole message; never blocks.  On a link that has ended it is lost."""
         length = sum(map(len, buffers))
-        head = header(length)
-        pieces = [head + b"".join(buffers)] if length < JOINT else [head + buffers[0], *buffers[1:]]
         with self._lock:
             if self._closing:
                 return
-            self._queue.extend(pieces)
-            self._queued += sum(map(len, pieces))
+            self._queue.append(header(length) + buffers[0] if buffers else header(0))
+            self._queue.extend(buffers[1:])
+            self._queued += HEADER + length
             if self._queued > QUEUE_MAX:
                 self._closing = "the peer does not read"
             self._ring()
@@ -132,17 +130,17 @@ class Link:
 
     def _ring(self) -> None:
         """Wake the thread; the lock is held, so that the waker is not closed meanwhile."""
-        if not self._rung and threading.get_ident() != self._thread:
+        if self._asleep and not self._rung:
             self._rung = True
-            with contextlib.suppress(OSError):  # closed: the thread has ended
-                self._waker.send(b"\0")
+            self._waker.send(b"\0")
 
     def run(self) -> None:
         """Be the link's thread: returns when the link has ended and its socket is closed."""
-        self._thread = threading.get_ident()
         why = "our own mistake"
         try:
             why = self._pump()
+        except EOFError:
+            why = "the peer closed the link"
         except PeerError as wrong:
             why = str(wrong)
         except OSError as broken:
@@ -150,37 +148,43 @@ class Link:
         finally:
             with self._lock:
                 self._closing = self._closing or why
+                self._asleep = False
                 self._queue.clear()
                 self._queued = 0
                 self._waker.close()
             self._woken.close()
-            self._socket.close()
+            self._tls.close()
             self.receiver.left(self._closing)
 
     def _pump(self) -> str:
         poll = select.poll()
         poll.register(self._woken, select.POLLIN)
-        poll.register(self._socket, select.POLLIN)
-        interest = select.POLLIN
+        poll.register(self._tls, select.POLLIN)
+        interest, readable = select.POLLIN, True
         while not self._closing:
             reading, writing = self._waits()
-            pulled = 0 if reading else self._pull()
-            if pulled is None:
-                return "the peer closed the link"
+            more = self._pull() if readable and not reading else False
             again = self.receiver.drained() if self._queued < self.low else None
-            pushed, sent = (0, 0) if writing else self._push()
-            if pulled == select.POLLPRI or (sent and self._queued < self.low):
-                continue  # more may be there to read, or to be asked for
-            wanted = (pushed | pulled) & ~(select.POLLIN if reading else 0)
+            sent, blocked = (0, False) if writing else self._push()
+            if more or (sent and self._queued < self.low):
+                readable = True  # more may be there to read, or to be asked for
+                continue
+            wanted = (0 if reading else select.POLLIN) | (select.POLLOUT if blocked else 0)
             if wanted != interest:
                 interest = wanted
-                poll.modify(self._socket, interest)
+                poll.modify(self._tls, interest)
             waits = [wait for wait in (again, reading or None, writing or None) if wait is not None]
-            for fd, _ in poll.poll(math.ceil(1000 * min(waits)) if waits else None):
-                if fd == self._woken.fileno():
-                    with self._lock:
-                        self._woken.recv(1)
-                        self._rung = False
+            with self._lock:
+                if self._queue and not blocked and not writing:
+                    continue  # it came after the look at the queue, and rang nothing
+                self._asleep = not self._closing
+            ready = poll.poll(math.ceil(1000 * min(waits)) if waits else None) if self._asleep else []
+            with self._lock:
+                self._asleep = False
+                if self._rung:
+                    self._woken.recv(1)
+                    self._rung = False
+            readable = reading > 0 or any(fd == self._tls.fileno() for fd, _ in ready)
         return self._closing
 
     def _waits(self) -> tuple[float, float]:
@@ -189,62 +193,58 @@ class Link:
             return 0.0, 0.0
         now = time.monotonic()
         if self._rates.due(now):
-            about = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+            about = self._tls.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
             if len(about) == TCP_INFO_SIZE:
                 delay, base = (struct.unpack_from("I", about, at)[0] / 1e6 for at in (RTT_AT, MIN_RTT_AT))
                 self._rates.observe(delay, base, now)
         return self._rates.may_read(now), self._rates.may_send(now) if self._queued else 0.0
 
-    def _push(self) -> tuple[int, int]:
-        """Write from the queue; what to poll for then, and how many bytes went."""
+    def _push(self) -> tuple[int, bool]:
+        """Seal and send from the queue: how many bytes went, and whether the socket takes no more."""
         sent = 0
-        most = RECORD if self._rates.capped else BURST
-        try:
-            while sent < most:
-                if not self._unsent:
-                    with self._lock:
-                        if not self._queue:
-                            return select.POLLIN, sent
-                        self._unsent = memoryview(self._queue.popleft())
-                # After a would-block TLS wants to see the same bytes again, no less of them: `_offered`.
-                self._offered = max(self._offered, min(most, len(self._unsent)))
-                count = self._socket.send(self._unsent[: self._offered])
-                self._offered = 0
-                self._unsent = self._unsent[count:]
-                sent += count
+        most, batch = (RECORD, RECORD) if self._rates.capped else (BURST, SEAL)
+        while self._tls.flush():
+            if self._sealed:
+                sent += self._sealed
                 with self._lock:
-                    self._queued -= count
-                if most == RECORD:
-                    self._rates.sent(count, time.monotonic())
-        except ssl.SSLWantReadError:
-            return select.POLLIN, sent
-        except ssl.SSLWantWriteError:
-            pass
-        return select.POLLIN | select.POLLOUT, sent
+                    self._queued -= self._sealed
+                self._sealed = 0
+            if sent >= most:
+                return sent, False
+            while self._sealed < batch and (record := self._record()):
+                self._tls.seal(record)
+                self._sealed += len(record)
+            if not self._sealed:
+                return sent, False
+            if most == RECORD:
+                self._rates.sent(self._sealed, time.monotonic())
+        return sent, True
 
-    def _pull(self) -> int | None:
-        """Read and hand over messages; what to poll for then, or None at the end of the stream.
-
-        `POLLPRI`: do not poll, there may be more.
-        """
-        got = 0
-        most = RECORD if self._rates.capped else BURST
-        try:
-            while got < most:
-                count = self._socket.recv_into(self._framing.space())
-                if count == 0:
-                    return None
-                got += count
-                if most == RECORD:
-                    self._rates.read(count, time.monotonic())
-                for body in self._framing.filled(count):
-                    if not body:
-                        raise BadFrame(why="a welcome in the middle of a link")
-                    self.receiver.received(body)
-                if self._closing:
+    def _record(self) -> bytes | memoryview:
+        """The next bytes of the queue, a whole record of them if there are as many."""
+        parts: list[bytes | memoryview] = []
+        room = RECORD
+        while room:
+            if not self._begun:
+                if not self._queue:
                     break
-        except ssl.SSLWantReadError:
-            return select.POLLIN
-        except ssl.SSLWantWriteError:
-            return select.POLLIN | select.POLLOUT
-        return select.POLLPRI
+                self._begun = memoryview(self._queue.popleft())
+            part, self._begun = self._begun[:room], self._begun[room:]
+            parts.append(part)
+            room -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _pull(self) -> bool:
+        """Read and hand over messages; whether there may be more without waiting for it."""
+        most = RECORD if self._rates.capped else READ
+        space = self._framing.space()
+        count = self._tls.read(space[:most] if most == RECORD else space, most)
+        if count and most == RECORD:
+            self._rates.read(count, time.monotonic())
+        for body in self._framing.filled(count):
+            if not body:
+                raise BadFrame(why="a welcome in the middle of a link")
+            self.receiver.received(body)
+            if self._closing:
+                break
+        return self._tls.more

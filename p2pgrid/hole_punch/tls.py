@@ -1,0 +1,113 @@
+"""Seal and open the bytes of one TCP socket, many TLS records at a time.
+
+`ssl.SSLSocket` makes one system call for each record of 16 KiB it writes and two for each it
+reads, and each record wakes the other side.  So here OpenSSL works between two buffers in memory,
+and the socket is read and written in large pieces:
+
+    socket ──> incoming ──> records opened ──> `read`
+    socket <── outgoing <── records sealed <── `seal`; `flush` sends them
+
+Nothing here waits; not thread-safe.  Its errors are `OSError`, of which `ssl.SSLError` is one.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+
+RECORD = 16 << 10
+"""Bytes in one record, at most."""
+READ = 256 << 10
+"""Bytes taken from the socket at once: what came while others had the processor."""
+
+
+class Tls:
+    """One TLS connection; closes `sock`, which must not block."""
+
+    def __init__(self, context: ssl.SSLContext, sock: socket.socket, *, server: bool) -> None:
+        self.socket = sock
+        self.more = True
+        """Whether `read` may bring something before the socket becomes readable again."""
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
+        self._raw = memoryview(bytearray(READ))
+        self._unsent = memoryview(b"")
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        self.socket.close()
+
+    @property
+    def certificate(self) -> bytes | None:
+        """What the other side showed, in DER."""
+        return self._tls.getpeercert(binary_form=True)
+
+    def shake(self) -> int:
+        """Go on with the handshake; what to poll for before the next call, 0 when it is done."""
+        while True:
+            try:
+                self._tls.do_handshake()
+                return 0 if self.flush() else select.POLLOUT
+            except ssl.SSLWantReadError:
+                if not self.flush():
+                    return select.POLLOUT
+                try:
+                    self._take(READ)
+                except BlockingIOError:
+                    return select.POLLIN
+            except ssl.SSLError:
+                self.flush()  # the alert that tells the other side why
+                raise
+
+    def read(self, view: memoryview, most: int = READ) -> int:
+        """Fill `view` with what has come, at most `most` bytes of it from the socket; 0: nothing yet.
+
+        Raises `EOFError` at the end of the stream.
+        """
+        got, size = 0, len(view)
+        self.more, taken = True, False
+        while got < size:
+            try:
+                got += self._tls.read(size - got, view[got:])  # type: ignore[operator]
+            except ssl.SSLWantReadError:
+                if taken or got:  # the rest another time: what came is still in the processor's cache
+                    break
+                try:
+                    taken, self.more = True, self._take(most) == most
+                except BlockingIOError:
+                    self.more = False
+                    break
+            except ssl.SSLZeroReturnError:
+                raise EOFError from None
+        else:
+            self.more = True
+        return got
+
+    def seal(self, data: bytes | memoryview) -> None:
+        """Encrypt `data`, one record of it at most; `flush` sends it."""
+        count = self._tls.write(data)
+        assert count == len(data), "memory always takes a whole record"
+
+    def flush(self) -> bool:
+        """Send what was sealed; False where the socket takes no more for now."""
+        while True:
+            if not self._unsent:
+                if not self._outgoing.pending:
+                    return True
+                self._unsent = memoryview(self._outgoing.read())
+            try:
+                count = self.socket.send(self._unsent)
+            except BlockingIOError:
+                return False
+            self._unsent = self._unsent[count:]
+
+    def _take(self, most: int) -> int:
+        count = self.socket.recv_into(self._raw[:most])
+        if count == 0:
+            raise EOFError
+        self._incoming.write(self._raw[:count])
+        return count
