@@ -190,10 +190,11 @@ async def test_a_capped_reader_takes_its_time_and_still_sends_at_once() -> None:
 
 
 async def test_a_paused_node_has_no_links_until_it_goes_on() -> None:
-    async with open_two() as ((a, links, here), (b, others, _), _):
+    async with open_two() as ((a, links, here), (b, others, there), _):
         link = await links.link(b.me)
         links.pause("it is lunch time")
         assert "lunch" in await here.why.receive()
+        await there.why.receive()
         assert not link.live
         with pytest.raises(Unreachable, match="lunch"):
             await links.link(b.me)
