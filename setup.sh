@@ -44,6 +44,7 @@ missing_packages() {
         have nft || echo nftables
         have ip || echo iproute2
         have git || echo git
+        have nginx || echo nginx-light
     fi
     ready || missing_for_venv
 }
@@ -81,6 +82,9 @@ install_packages() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -q update </dev/null >&2
     [ -z "$missing" ] ||
         as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install $missing </dev/null >&2
+    case " $missing " in *" nginx-light "*) # the tests start their own: it shall serve nobody here
+        ! have systemctl || as_root systemctl disable --now nginx >/dev/null 2>&1 || true ;;
+    esac
     [ -n "$(find_python)" ] || give_up "Python 3.11 or newer is needed; this distribution's python3 is older. Debian 12, Ubuntu 24.04 and newer have it."
 }
 

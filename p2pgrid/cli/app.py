@@ -30,12 +30,26 @@ DiskOrLast = Annotated[
     str, Parameter(name="DISK", help="Its name or CID [the one last put].", show_default=False)
 ]
 Job = Annotated[str, Parameter(name="JOB", help="Its id.")]
+Origin = Annotated[
+    list[str] | None,
+    Parameter(help="URL of an export on a web server, asked for what no peer has.", negative=""),
+]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON document on stdout.")]
 
 
 def home_of(given: Path | None) -> Path:
     """The data directory that was asked for."""
     return given.absolute() if given else default_home()
+
+
+def origins_of(given: list[str] | None) -> list[str]:
+    """The origins that were named.  Raises `Misused` for what is none."""
+    if given:
+        from p2pgrid.transfer.ranges import parse_origin
+
+        for url in given:
+            parse_origin(url)
+    return given or []
 
 
 def ask(home: Path | None, op: str, **args: Any) -> Any:

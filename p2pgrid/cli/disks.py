@@ -7,7 +7,19 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from p2pgrid.cli.app import Disk, DiskOrLast, Home, Json, app, ask, disk, home_of, watched
+from p2pgrid.cli.app import (
+    Disk,
+    DiskOrLast,
+    Home,
+    Json,
+    Origin,
+    app,
+    ask,
+    disk,
+    home_of,
+    origins_of,
+    watched,
+)
 from p2pgrid.node import launch, show
 from p2pgrid.node.console import (
     emit,
@@ -22,13 +34,19 @@ def put(
     name: Annotated[str | None, Parameter(help="A name for it [the file's].")] = None,
     replica: Annotated[int, Parameter(help="Copies wished for; -1 for every worker.")] = 1,
     wait: Annotated[bool, Parameter(negative="", help="Wait until the wished copies stand.")] = False,
+    export: Annotated[
+        Path | None, Parameter(help="Folder to write it to, too, as an origin for --origin.")
+    ] = None,
     data_dir: Home = None,
     as_json: Json = False,
 ) -> int:
     """Cut a disk image (VDI, qcow2, VMDK, raw) into verified chunks and seed it."""
     home = home_of(data_dir)
     launch.ensure(home)
-    done = watched(home, "put", path=str(path.absolute()), name=name, replica=replica, wait=wait)
+    where = str(export.absolute()) if export else None
+    done = watched(
+        home, "put", path=str(path.absolute()), name=name, replica=replica, wait=wait, export=where
+    )
     emit(done, as_json, show.put)
     return 0
 
@@ -40,13 +58,14 @@ def get(
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"], help="The file to write.")],
     form: Annotated[str | None, Parameter(name="--format", help="vdi, raw, qcow2 or vmdk.")] = None,
+    origin: Origin = None,
     data_dir: Home = None,
     as_json: Json = False,
 ) -> int:
     """Write a disk back to a file: byte-identical in the format that was put."""
-    home = home_of(data_dir)
+    home, origins = home_of(data_dir), origins_of(origin)
     launch.ensure(home)
-    done = watched(home, "get", disk=which, out=str(output.absolute()), format=form)
+    done = watched(home, "get", disk=which, out=str(output.absolute()), format=form, origins=origins)
     emit(done, as_json, show.get)
     return 0
 
@@ -78,6 +97,23 @@ def disk_verify(
     done = watched(home_of(data_dir), "disk_verify", disk=which, repair=repair)
     emit(done, as_json, show.verified)
     return 0 if done["bad"] == done["repaired"] else 7
+
+
+@disk.command(name="export")
+def disk_export(
+    which: Disk,
+    folder: Annotated[Path, Parameter(name="DIR", help="The folder to write to; it may hold others.")],
+    /,
+    *,
+    origin: Origin = None,
+    data_dir: Home = None,
+    as_json: Json = False,
+) -> int:
+    """Write a disk as files that any web server can offer: an origin for --origin."""
+    home, origins = home_of(data_dir), origins_of(origin)
+    done = watched(home, "disk_export", disk=which, out=str(folder.absolute()), origins=origins)
+    emit(done, as_json, show.exported)
+    return 0
 
 
 @disk.command(name="rm")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from p2pgrid.cli.app import Home, Json, app, ask, home_of, node, template, token
+from p2pgrid.cli.app import Home, Json, Origin, app, ask, home_of, node, origins_of, template, token
 from p2pgrid.errors import Misused
 from p2pgrid.node import launch, show
 from p2pgrid.node.console import (
@@ -23,6 +23,7 @@ from p2pgrid.node.console import (
 def coordinator(
     *,
     data_dir: Home = None,
+    origin: Origin = None,
     listen: Annotated[
         str | None, Parameter(help="ADDRESS:PORT for other nodes [0.0.0.0:4321, or as before].")
     ] = None,
@@ -34,7 +35,12 @@ def coordinator(
     ] = None,
 ) -> int:
     """Run a coordinator here, in the foreground, until Ctrl-C."""
-    asked = {"listen": listen, "ledger": launch.ledger_path(db), "lease": lease and launch.lease(lease)}
+    asked = {
+        "listen": listen,
+        "ledger": launch.ledger_path(db),
+        "lease": lease and launch.lease(lease),
+        "origins": tuple(origins_of(origin)) or None,
+    }
     from p2pgrid.node.daemon import run_coordinator
 
     return run_coordinator(home_of(data_dir), **{k: v for k, v in asked.items() if v is not None})

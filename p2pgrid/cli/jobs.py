@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from p2pgrid.cli.app import DiskOrLast, Home, Job, Json, app, ask, home_of, job, watched
+from p2pgrid.cli.app import DiskOrLast, Home, Job, Json, app, ask, home_of, job, origins_of, watched
 from p2pgrid.errors import Misused
 from p2pgrid.node import api, launch, show
 from p2pgrid.node.console import (
@@ -43,6 +43,10 @@ def run(
         list[str] | None, Parameter(help="A sharing that the worker must have.", negative="")
     ] = None,
     name: Annotated[str, Parameter(help="A name for the job.")] = "",
+    origin: Annotated[
+        list[str] | None,
+        Parameter(help="Where no member has the disk, bring it here from this URL first.", negative=""),
+    ] = None,
     detach: Annotated[
         bool, Parameter(name=["--detach", "-d"], negative="", help="Print the job's id alone.")
     ] = False,
@@ -56,7 +60,7 @@ def run(
     """
     if net != "none":
         raise Misused(why=f"--net {net!r}: this version gives guests no network; only 'none' is possible")
-    home = home_of(data_dir)
+    home, origins = home_of(data_dir), origins_of(origin)
     launch.ensure(home)
     spec: dict[str, Any] = {
         "disk": which,
@@ -69,6 +73,7 @@ def run(
         "scratch": parse_size(scratch),
         "needs": needs or [],
         "name": name,
+        "origins": origins,
     }
     if detach:
         emit(api.call(home, "submit", spec), as_json, lambda v: str(v["job"]))

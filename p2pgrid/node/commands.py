@@ -6,9 +6,11 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
+import attrs
 from cyclopts import App, Parameter
 
 from p2pgrid import __version__
@@ -43,6 +45,10 @@ def join(
     name: Annotated[str | None, Parameter(help="What others call this node [the host's name].")] = None,
     slots: Annotated[int, Parameter(help="How many VMs may run at once.")] = 1,
     quota: Annotated[str | None, Parameter(help="Most the chunk store may take, 20G.")] = None,
+    origin: Annotated[
+        list[str] | None,
+        Parameter(help="URL of an export on a web server, asked for what no peer has.", negative=""),
+    ] = None,
     yes: Annotated[bool, Parameter(negative="", help="Do not ask.")] = False,
     foreground: Annotated[bool, Parameter(negative="", help="Stay here until Ctrl-C.")] = False,
     data_dir: Home = None,
@@ -54,10 +60,13 @@ def join(
         raise Conflict(what=f"a daemon runs on {home} already; `p2pnode leave` ends its membership")
     text = _ticket_text(ticket)
     before = Config.load(home)
+    origins = _origins(origin or ())
     if text is not None:
-        _set_up(home, text, listen, tuple(share or ()), name, slots, quota, yes)
+        _set_up(home, text, listen, tuple(share or ()), name, slots, quota, origins, yes)
     elif before is None:
         raise Misused(why=f"{home} belongs to no grid yet; a ticket is needed (p2pgrid token create)")
+    elif origins:
+        attrs.evolve(before, origins=origins).save(home)
     if foreground:
         from p2pgrid.node.daemon import run_stored
 
@@ -74,6 +83,15 @@ def join(
         raise
     emit(api.call(home, "status"), as_json, show.status)
     return 0
+
+
+def _origins(given: Iterable[str]) -> tuple[str, ...]:
+    """What was given, if all are origins.  Raises `Misused`."""
+    from p2pgrid.transfer.ranges import parse_origin
+
+    for url in given:
+        parse_origin(url)
+    return tuple(given)
 
 
 def _ticket_text(given: str | None) -> str | None:
@@ -94,10 +112,12 @@ def _set_up(
     name: str | None,
     slots: int,
     quota: str | None,
+    origins: tuple[str, ...],
     yes: bool,
 ) -> None:
     """Ask the volunteer, then write what the daemon needs to join."""
     from p2pgrid.node.ticket import read_ticket
+    from p2pgrid.transfer.ranges import parse_origin
 
     ticket = read_ticket(text)
     before = Config.load(home)
@@ -113,6 +133,7 @@ def _set_up(
             "Network",
             "exchange chunks with whoever reaches this node and names them; the VMs get no network at all",
         ),
+        *(("Origin", f"ask {parse_origin(url).shown} for disks where no peer helps") for url in origins),
         ("Leave", "p2pnode leave, at any time"),
     ]
     say(launch.card(card))
@@ -130,6 +151,7 @@ def _set_up(
         quota=parse_size(quota) if quota else None,
         coordinator=ticket.coordinator,
         addresses=tuple(ticket.addresses),
+        origins=origins,
     ).save(home)
     secret = os.open(home / TICKET, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(secret, "w") as file:

@@ -34,6 +34,8 @@ class Config:
     """Peer id of the grid's coordinator."""
     addresses: tuple[str, ...] = ()
     """Where the coordinator was last reached (multiaddrs)."""
+    origins: tuple[str, ...] = ()
+    """URLs of folders on web servers, asked for disks where no peer helps; some have passwords in them."""
     ledger: str | None = None
     lease: float = 30.0
     """Seconds that a worker keeps a task without a word to the coordinator; only the coordinator's counts."""

@@ -44,6 +44,7 @@ from p2pgrid.node.worker import check_programs, sweep, work
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls, Coordinator
 from p2pgrid.transfer.exchange import open_exchange
+from p2pgrid.transfer.ranges import parse_origin
 from p2pgrid.vm.qemu import Qemu
 from p2pgrid.vm.template import cache_folder
 
@@ -170,6 +171,8 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
     config = Config.load(home)
     if config is None:
         raise Misconfigured(why=f"{home} is not set up; join a grid or start a coordinator first")
+    for url in config.origins:
+        parse_origin(url)  # says what is wrong with it
     async with contextlib.AsyncExitStack() as rooms:
         store = rooms.enter_context(Store(home / "store", config.quota))  # of two daemons one gets it
         sweep(home)
@@ -180,7 +183,9 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         index = await rooms.enter_async_context(
             open_index(host, index_mode(host.addresses, config.addresses or host.addresses), [grid])
         )
-        exchange = await rooms.enter_async_context(open_exchange(host, index, store, [(config.host, 0)]))
+        exchange = await rooms.enter_async_context(
+            open_exchange(host, index, store, [(config.host, 0)], origins=config.origins)
+        )
         calls: Calls = (
             await rooms.enter_async_context(open_grid(home, config, host))
             if grid == host.me
@@ -256,6 +261,7 @@ def _ops(node: Node) -> dict[str, Op]:
         "disk_show": disks.show,
         "disk_verify": disks.verify,
         "disk_rm": disks.rm,
+        "disk_export": disks.export,
         "submit": jobs.submit,
         "run": jobs.run,
         "job_ls": jobs.ls,
@@ -284,6 +290,7 @@ async def _status(node: Node, args: dict[str, Any], tell: Tell) -> Any:
         "running": [f"{r.task} ({r.note})" for r in node.running.values()],
         "received": dict(node.received),
         "served": dict(node.exchange.served),
+        "origins": [parse_origin(url).shown for url in node.config.origins],
         "holds": [
             {"datum": str(h.datum), "chunks": h.chunks, "total": h.chunks_total, "bytes": h.bytes}
             for h in held

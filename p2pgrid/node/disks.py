@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from p2pgrid.dht.export import Exported, export_datum
 from p2pgrid.dht.manifest import CHUNK_SIZE, Content, Disk, Recipe, read_layout
 from p2pgrid.dht.publish import Published, publish_disk
 from p2pgrid.dht.restore import restore_disk
@@ -119,6 +120,7 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
     node.announce(record.datum)
     if args.get("wait"):
         await _until_placed(node, record, tell)
+    exported = await _export(node, done.datum, args["export"], tell) if args.get("export") else {}
     return {
         "disk": record.datum,
         "content": record.content,
@@ -131,6 +133,25 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
         "format": recipe.format,
         "exact": recipe.exact,
         "seconds": done.seconds,
+        **exported,
+    }
+
+
+async def export(node: Node, args: Args, tell: Tell) -> Any:
+    """Write a disk as static files, fetching what is not here."""
+    _, cid = await _here(node, args["disk"], tell, args.get("origins", ()))
+    return {"disk": str(cid), **await _export(node, cid, args["out"], tell)}
+
+
+async def _export(node: Node, cid: Cid, out: str, tell: Tell) -> dict[str, Any]:
+    ticker = Ticker(tell, "exporting")
+    done: Exported = await ticker.run(lambda: export_datum(node.store, cid, Path(out), ticker))
+    return {
+        "export": out,
+        "objects": done.objects,
+        "packs": done.packs,
+        "export_bytes": done.bytes,
+        "export_written": done.written,
     }
 
 
@@ -149,7 +170,7 @@ async def _until_placed(node: Node, record: m.DatumRecord, tell: Tell) -> None:
 
 async def get(node: Node, args: Args, tell: Tell) -> Any:
     """Write a disk to a file, fetching what is not here."""
-    shelf, cid = await _here(node, args["disk"], tell)
+    shelf, cid = await _here(node, args["disk"], tell, args.get("origins", ()))
     out, ticker = Path(args["out"]), Ticker(tell, "writing")
     done = await ticker.run(lambda: restore_disk(node.store, cid, out, args.get("format"), ticker))
     return {
@@ -162,16 +183,22 @@ async def get(node: Node, args: Args, tell: Tell) -> Any:
     }
 
 
-async def _here(node: Node, which: str, tell: Tell) -> tuple[Shelf, Cid]:
+async def _here(node: Node, which: str, tell: Tell, origins: Sequence[str] = ()) -> tuple[Shelf, Cid]:
     """The disk's shelf, complete.  A CID needs no coordinator: the index finds who has it."""
     cid = await _cid(node, which)
     if not node.complete(str(cid)):
-        ticker = Ticker(tell, "fetching")
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ticker._report)
-            await node.fetch(str(cid), await node.providers(str(cid)), ticker.fetched, STALL_PATIENCE)
-            nursery.cancel_scope.cancel()
+        await fetch(node, str(cid), tell, origins)
     return await trio.to_thread.run_sync(node.store.begin, cid), cid
+
+
+async def fetch(node: Node, datum: str, tell: Tell, origins: Sequence[str] = ()) -> None:
+    """Have `datum` complete here, telling how far it is."""
+    ticker = Ticker(tell, "fetching")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ticker._report)
+        known = await node.providers(datum)
+        await node.fetch(datum, known, ticker.fetched, STALL_PATIENCE, origins=origins)
+        nursery.cancel_scope.cancel()
 
 
 async def _cid(node: Node, which: str) -> Cid:

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from p2pgrid.errors import (
     WorldError,
 )
 from p2pgrid.ids import Cid, readable_id
+from p2pgrid.node import disks
 from p2pgrid.node.api import Tell
 from p2pgrid.node.attempt import stop_if_cancelled
 from p2pgrid.node.disks import Args
@@ -63,21 +64,21 @@ class NoDisk(NotFound):
 
 async def submit(node: Node, args: Args, tell: Tell) -> Any:
     """Make script and inputs a datum, and a job of it."""
-    async with _submitted(node, args) as made:
+    async with _submitted(node, args, tell) as made:
         return made
 
 
 async def run(node: Node, args: Args, tell: Tell) -> Any:
     """Submit and wait.  The job is cancelled when whoever asked hangs up, but not when this daemon ends."""
-    async with _submitted(node, args) as made:
+    async with _submitted(node, args, tell) as made:
         await tell(made)
         return await wait(node, {"job": made["job"]}, tell)
 
 
 @contextlib.asynccontextmanager
-async def _submitted(node: Node, args: Args) -> AsyncIterator[dict[str, str]]:
+async def _submitted(node: Node, args: Args, tell: Tell) -> AsyncIterator[dict[str, str]]:
     """A new job; it ends when the block is cancelled."""
-    name, spec = await _spec(node, args)
+    name, spec = await _spec(node, args, tell)
     key = readable_id(secrets.token_bytes(7))  # makes it one job, however often it is said
     try:
         job = await patiently(lambda: node.coordinator.submit(spec, key))
@@ -90,7 +91,7 @@ async def _submitted(node: Node, args: Args) -> AsyncIterator[dict[str, str]]:
         raise
 
 
-async def _spec(node: Node, args: Args) -> tuple[str, JobSpec]:
+async def _spec(node: Node, args: Args, tell: Tell) -> tuple[str, JobSpec]:
     """The disk's name, and the job that was asked for; its inputs are put."""
     if "submitter" not in node.roles:
         raise NotAuthorised(why="this node is no submitter")
@@ -100,6 +101,8 @@ async def _spec(node: Node, args: Args) -> tuple[str, JobSpec]:
         if args["disk"]:
             raise
         raise NoDisk from None
+    if args.get("origins"):
+        await _bring(node, disk, args["origins"], tell)
     inputs = await _put_inputs(node, Path(args["script"]), [Path(p) for p in args["inputs"]])
     return disk.record.name, JobSpec(
         disk=disk.record.datum,
@@ -112,6 +115,17 @@ async def _spec(node: Node, args: Args) -> tuple[str, JobSpec]:
         scratch=args["scratch"],
         needs=tuple(args["needs"]),
     )
+
+
+async def _bring(node: Node, disk: m.DatumView, origins: Sequence[str], tell: Tell) -> None:
+    """Where no member has the disk, have it here, from `origins`, for workers to fetch.
+
+    They are never told of origins that a submitter names: which servers a volunteer's machine talks
+    to is its owner's to say.
+    """
+    datum = disk.record.datum
+    if not node.complete(datum) and not await node.providers(datum):
+        await disks.fetch(node, datum, tell, origins)
 
 
 async def _put_inputs(node: Node, script: Path, inputs: list[Path]) -> m.DatumRecord:

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 
 import attrs
@@ -120,8 +120,11 @@ class Node:
         watch: Watch | None = None,
         patience: float = math.inf,
         most: int | None = None,
+        origins: Sequence[str] = (),
     ) -> Fetched:
         """Have `datum` complete here, then say so to the index and the coordinator.
+
+        Beside the node's own, `origins` are asked for what no peer has.
 
         Raises `Temporary` when no byte came for `patience` seconds, `Refused` for a content of
         more than `most` bytes.
@@ -141,7 +144,7 @@ class Node:
                 if watch:
                     watch(progress)
 
-            fetched = await self.exchange.fetch(Cid.parse(datum), names, notice, most)
+            fetched = await self.exchange.fetch(Cid.parse(datum), names, notice, most, origins)
         if scope.cancelled_caught:
             raise Temporary(why=f"no peer sent a byte of {datum} for {patience:.0f} s")
         self.received.update(fetched.bytes_by_peer)

@@ -26,6 +26,7 @@ def put(v: Answer) -> str:
         f"{size(v['size'])} in {v['chunks']} chunks and {v['holes']} holes, "
         f"{size(v['unique_bytes'])} of data, "
         f"{size(v['wire_bytes'])} on the wire; {v['seconds']:.1f} s{note}"
+        + (f"\n{exported(v)}" if "export" in v else "")
     )
 
 
@@ -34,6 +35,15 @@ def get(v: Answer) -> str:
         "byte-identical to what was put" if v["exact"] else f"same guest content, a fresh {v['format']} file"
     )
     return f"{v['path']}  {size(v['bytes'])}  {same}"
+
+
+def exported(v: Answer) -> str:
+    rest = v["export_bytes"] - v["export_written"]
+    was = f", {size(rest)} were there" if rest else ""
+    return (
+        f"{v['export']}  {v['objects']} object(s), {v['packs']} pack(s), {size(v['export_bytes'])}{was}\n"
+        f"once a web server offers it: p2pgrid get {v['disk']} --origin URL -o FILE"
+    )
 
 
 def disks(v: Answer) -> str:
