@@ -224,6 +224,7 @@ class Mapped:
         self.size = size
         self.exact = unpack is None
         self.file_size = source.file_size
+        self.freed = 0
         self._source = source
         self._runs = runs
         self._unpack = unpack
@@ -234,6 +235,9 @@ class Mapped:
 
     def check_unchanged(self) -> None:
         self._source.check_unchanged()
+
+    def refusal(self, why: str) -> ImageRefused:
+        return self._source.refusal(why)
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Parts of guest space that may hold data; at their end the file must be unchanged."""

@@ -34,6 +34,8 @@ class Image(Protocol):
     """Whether the file can be put together again from `segments`; not where it is compressed."""
     file_size: int
     """Bytes of the container file."""
+    freed: int
+    """Bytes of the guest's that read as zeros here though they are something else (`skip_free.py`)."""
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """(offset, length) that may hold data, ascending and disjoint; ends in `check_unchanged`."""
@@ -53,6 +55,10 @@ class Image(Protocol):
 
     def check_unchanged(self) -> None:
         """Raises `ImageRefused` if the file was written to since it was opened."""
+        ...
+
+    def refusal(self, why: str) -> ImageRefused:
+        """The error that names this file."""
         ...
 
     def close(self) -> None: ...

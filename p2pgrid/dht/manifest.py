@@ -87,8 +87,9 @@ FORMATS = ("raw", "vdi", "qcow2", "vmdk")
 class Recipe:
     """How the container file is put together.
 
-    `exact` is False where the container's own compressor cannot be repeated; then there
-    are no pages, and `get` writes a fresh file of that format with the same guest content.
+    `exact` is False where the container's own compressor cannot be repeated, or where blocks that
+    the guest's file systems had freed were left out; then there are no pages, and `get` writes a
+    fresh file of that format with the same guest content, and zeros in those blocks.
     """
 
     format: str
@@ -96,18 +97,27 @@ class Recipe:
     size: int
     """Bytes of the container file."""
     pages: tuple[Cid, ...]
+    freed: int = 0
+    """Bytes of the blocks that were left out because nobody in the guest uses them."""
 
     def encode(self) -> bytes:
-        return encode({"v": 1, "kind": "recipe", "format": self.format, "exact": self.exact,
-                       "size": self.size, "pages": list(self.pages)})  # fmt: skip
+        fields = {"v": 1, "kind": "recipe", "format": self.format, "exact": self.exact,
+                  "size": self.size, "pages": list(self.pages)}  # fmt: skip
+        return encode({**fields, "freed": self.freed} if self.freed else fields)
 
     @classmethod
     def decode(cls, data: bytes) -> Recipe:
-        form, exact, size, pages = take(decode(data), "recipe", "format", "exact", "size", "pages")
+        fields = decode(data)
+        freed = bounded(fields.get("freed", 1), SIZE_MAX, "freed")
+        need(freed > 0, "nothing freed, which goes without saying")
+        names = ("format", "exact", "size", "pages", *(["freed"] if "freed" in fields else ()))
+        form, exact, size, pages, *_ = take(fields, "recipe", *names)
         need(form in FORMATS and isinstance(exact, bool), "a format we do not know")
         need(isinstance(pages, list) and all(isinstance(p, Cid) for p in pages), "pages")
         need(exact or not pages, "pages of a recipe that is not exact")
-        return cls(form, exact, bounded(size, 2 * SIZE_MAX, "size"), tuple(pages))
+        need(not exact or "freed" not in fields, "an exact recipe without what was freed")
+        size = bounded(size, 2 * SIZE_MAX, "size")
+        return cls(form, exact, size, tuple(pages), freed if "freed" in fields else 0)
 
 
 def encode_segments(segments: Iterable[Segment]) -> bytes:

@@ -34,8 +34,9 @@ from p2pgrid.dht.manifest import (
 )
 from p2pgrid.dht.objects import recipe_pages_max
 from p2pgrid.dht.press import Pressed, Progress, full_coding, press
+from p2pgrid.dht.skip_free import SkipFree
 from p2pgrid.dht.store import Store
-from p2pgrid.errors import ImageRefused, Misused, Temporary
+from p2pgrid.errors import Misused, Temporary
 from p2pgrid.ids import Cid
 
 FILES_MAX = 100_000
@@ -63,34 +64,48 @@ class Published:
     wire_bytes: int
     """Bytes of their frames: what a node that has nothing yet fetches."""
     seconds: float
+    freed: int = 0
+    """Bytes of blocks that the guest had freed and that were left out."""
 
 
-def publish_disk(store: Store, path: Path, key: SigningKey, progress: Progress | None = None) -> Published:
+def publish_disk(
+    store: Store,
+    path: Path,
+    key: SigningKey,
+    progress: Progress | None = None,
+    *,
+    skip_free: bool = False,
+) -> Published:
     """Put the disk image at `path`, signed with `key`.
+
+    `skip_free` leaves out what the guest's ext4 file systems have freed: those blocks read as
+    zeros, and the container file itself is not kept.
 
     Raises `ImageRefused` or `Misused` for what is no image of ours or changes while it is
     read, `NoSpace` above the quota.
     """
     began = time.monotonic()
-    image = open_image(path)
+    file = open_image(path)
     try:
+        image: Image = SkipFree(file, progress) if skip_free else file
         with store.staging() as staged, store.staging() as aside:
-            count = _write_pages(store, image, path, aside)  # first: what cannot travel is not pressed
+            count = _write_pages(store, image, aside)  # first: what cannot travel is not pressed
             places = positions(image.size, image.extents())
             coding = full_coding(store, key)
             pressed = press(store, image.size, places, image.read_into, coding, staged, progress)
             image.check_unchanged()
             pages = tuple(store.put_object((aside / str(n)).read_bytes()) for n in range(count))
-            recipe = store.put_object(Recipe(image.format, image.exact, image.file_size, pages).encode())
-            disk = signed(Disk(pressed.content, pressed.pack, recipe, b""), key)
+            recipe = Recipe(image.format, image.exact, image.file_size, pages, image.freed)
+            about = store.put_object(recipe.encode())
+            disk = signed(Disk(pressed.content, pressed.pack, about, b""), key)
             datum = store.put_object(disk.encode())
             store.adopt(datum, pressed.staged)
-        return _published(datum, pressed, image.size, began)
+        return _published(datum, pressed, image.size, began, image.freed)
     finally:
-        image.close()
+        file.close()
 
 
-def _write_pages(store: Store, image: Image, path: Path, aside: Path) -> int:
+def _write_pages(store: Store, image: Image, aside: Path) -> int:
     """Write the pages of the recipe to files in `aside`, named by number; how many there are.
 
     Raises `ImageRefused` where they are more than a recipe may list: then much lies in the
@@ -104,7 +119,7 @@ def _write_pages(store: Store, image: Image, path: Path, aside: Path) -> int:
                 f"more than {written >> 20} MiB of it lie outside of what the guest sees (deleted snapshots,"
                 f" leaked clusters); `qemu-img convert -O {image.format}` makes a copy without them"
             )
-            raise ImageRefused(path=str(path), why=why)
+            raise image.refusal(why)
         store.check_room(written, written)
         with explained(aside, len(page)):
             (aside / str(count)).write_bytes(page)
@@ -113,9 +128,9 @@ def _write_pages(store: Store, image: Image, path: Path, aside: Path) -> int:
     return count
 
 
-def _published(datum: Cid, pressed: Pressed, size: int, began: float) -> Published:
-    return Published(datum, pressed.content, size, pressed.chunks, pressed.holes,
-                     pressed.unique_bytes, pressed.wire_bytes, time.monotonic() - began)  # fmt: skip
+def _published(datum: Cid, pressed: Pressed, size: int, began: float, freed: int = 0) -> Published:
+    return Published(datum, pressed.content, size, pressed.chunks, pressed.holes, pressed.unique_bytes,
+                     pressed.wire_bytes, time.monotonic() - began, freed)  # fmt: skip
 
 
 # --- trees -----------------------------------------------------------------------------

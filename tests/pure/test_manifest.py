@@ -99,7 +99,8 @@ def trees(draw):
 def recipes(draw):
     exact = draw(st.booleans())
     pages = tuple(draw(st.lists(cids, max_size=4))) if exact else ()
-    return Recipe(draw(st.sampled_from(FORMATS)), exact, draw(st.integers(0, 2 * SIZE_MAX)), pages)
+    freed = 0 if exact else draw(st.integers(0, SIZE_MAX))
+    return Recipe(draw(st.sampled_from(FORMATS)), exact, draw(st.integers(0, 2 * SIZE_MAX)), pages, freed)
 
 
 disks = st.builds(lambda c, p, r: signed(Disk(c, p, r, b""), KEY), cids, cids, cids)
@@ -150,11 +151,21 @@ def test_a_changed_byte_never_passes(thing, data):
         _refused_or_the_one_encoding(type(thing), changed)
 
 
+@pytest.mark.parametrize("wrong", [{"freed": 0}, {"freed": -1}, {"freed": True}, {"freed": SIZE_MAX + 1},
+                                   {"freed": None}, {"freed": 1, "exact": True}])  # fmt: skip
+def test_what_was_freed_is_told_in_one_way(wrong):
+    fields = {"v": 1, "kind": "recipe", "format": "raw", "exact": False, "size": 5, "pages": [], "freed": 1}
+    assert Recipe.decode(encode(fields)).freed == 1
+    with pytest.raises(BadObject):
+        Recipe.decode(encode({**fields, **wrong}))
+
+
 @pytest.mark.parametrize("thing", [
     Content(CHUNK_SIZE + 1, CHUNK_SIZE, (Cid(DAG_CBOR, bytes(32)),)),
     signed(Pack(Cid(DAG_CBOR, bytes(32)), 1, (Cid(DAG_CBOR, bytes(32)),), b""), KEY),
     signed(Delta(*[Cid(DAG_CBOR, bytes([i] * 32)) for i in range(3)], 1, (Cid(RAW, bytes(32)),), b""), KEY),
     Recipe("vdi", True, 5, (Cid(DAG_CBOR, bytes(32)),)),
+    Recipe("raw", False, 5, (), 4096),
     signed(Disk(*[Cid(DAG_CBOR, bytes([i] * 32)) for i in range(3)], b""), KEY),
     signed(Tree((File("a/b", 1, True), File("c", 0, False)), *[Cid(DAG_CBOR, bytes(32))] * 2, b""), KEY),
 ], ids=lambda thing: type(thing).__name__)  # fmt: skip

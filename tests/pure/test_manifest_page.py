@@ -76,7 +76,7 @@ TOLD = bytes.fromhex("010000") + FRAMES[1]
 
 def test_every_kind_has_a_vector_and_its_name_holds():
     kinds = {"content", "page", "pack", "frames", "delta", "recipe", "segments", "disk", "tree"}
-    assert VECTORS.keys() == kinds | {"frames of the delta"}
+    assert VECTORS.keys() == kinds | {"frames of the delta", "recipe of a disk without what was freed"}
     for cid, data in VECTORS.values():
         assert verified(cid, data) == data
 
@@ -92,6 +92,7 @@ def test_writing_gives_the_bytes_on_the_page():
                               (link("frames of the delta"),), b""), KEY).encode(),
         "segments": encode_segments([Literal(b"head"), Guest(0, SIZE), Zeros(500)]),
         "recipe": Recipe("vdi", True, SIZE + 504, (link("segments"),)).encode(),
+        "recipe of a disk without what was freed": Recipe("vdi", False, 0x080200, (), 4096).encode(),
         "disk": signed(Disk(link("content"), link("pack"), link("recipe"), b""), KEY).encode(),
         "tree": signed(Tree((File("a/big", 2 * CHUNK_SIZE, False), File("run.sh", 8, True)),
                             link("content"), link("pack"), b""), KEY).encode(),
