@@ -104,7 +104,7 @@ def _arguments() -> argparse.ArgumentParser:
             continue
         one.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8])
         one.add_argument("--rate", type=float, help="Mbit/s of every host, up and down")
-        one.add_argument("--slow", type=float, help="Mbit/s that the last worker sends with at most")
+        one.add_argument("--slow", type=float, help="Mbit/s that the first worker sends with at most")
         one.add_argument("--late", type=float, help="seconds after the others when the last worker begins")
         if name == "update":
             one.add_argument("--old", type=_file, required=True, help="what the workers have already")

@@ -87,7 +87,7 @@ def _picture(row: Row) -> tuple[Picture, str] | None:
 
 SHAPE = (
     ("rate", "Mbit/s both ways"),
-    ("slow", "Mbit/s up for the last worker"),
+    ("slow", "Mbit/s up for the first worker"),
     ("late", "s later the last worker"),
 )
 

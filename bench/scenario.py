@@ -7,13 +7,15 @@ Every bout has hosts of its own and begins at one moment for all workers, except
 be late.  Its row, in the order of the table:
 
     first, median, last      seconds from that moment until the workers are complete
+    late_took                seconds that the late one took from its own beginning
     cpu                      CPU seconds per GiB delivered: all processes of all hosts, over file size x N
     received, received_max   bytes at a worker's interface, with all headers: mean and most
     sent_origin, copies      bytes at the origin's; over those of one copy: the pack, or the file; where
                              workers had something before, what one of them received
     origin_idle              share of its shaped uplink that it did not use until the last was complete
     rss_origin, rss_worker   MiB, peak; the worker's is the largest
-    to_file, to_wire         shaped: last ÷ (file size ÷ rate), last ÷ (bytes of one copy ÷ rate)
+    to_file, to_wire         shaped: T ÷ (file size ÷ rate) and T ÷ (bytes of one copy ÷ rate), where T is the
+                             most that any worker took from its own beginning
 
 What came out is compared with the file, byte by byte.
 """
@@ -50,7 +52,7 @@ class Network:
     rate: float | None = None
     """Mbit/s of every host, up and down; None: as fast as it goes."""
     slow: float | None = None
-    """Mbit/s that the last worker sends with at most."""
+    """Mbit/s that the first worker sends with at most."""
     late: float | None = None
     """Seconds after the others at which the last worker begins."""
 
@@ -96,7 +98,7 @@ def bout(lab: Lab, made: type[Peer], case: Case) -> dict[str, Any]:
 def _hosts(lab: Lab, case: Case) -> tuple[Host, list[Host]]:
     net = case.network
     origin = lab.host("origin", up=net.rate, down=net.rate)
-    uplinks = [net.rate] * (case.workers - 1) + [net.slow or net.rate]
+    uplinks = [net.slow or net.rate] + [net.rate] * (case.workers - 1)
     return origin, [lab.host(f"worker-{i}", up=up, down=net.rate) for i, up in enumerate(uplinks)]
 
 
@@ -160,6 +162,7 @@ def _row(
 ) -> dict[str, Any]:
     origin, *workers = counts
     size, last, rate = case.file.stat().st_size, max(walls), case.network.rate
+    late = walls[-1] - (case.network.late or 0)
     received = statistics.mean(c.received for c in workers)
     copy = received if case.old else facts.get("wire_bytes", size)
     delivered = size / GIB * len(walls)
@@ -176,12 +179,14 @@ def _row(
         "rss_origin": round(peaks[0]),
         "rss_worker": round(max(peaks[1:])),
     }
+    if case.network.late:
+        row["late_took"] = round(late, 3)
     if rate:
-        second = rate * 1e6 / 8
+        second, longest = rate * 1e6 / 8, max(*walls[:-1], late, 0.0)
         row |= {
             "origin_idle": round(1 - origin.sent / second / last, 3),
-            "to_file": round(last / (size / second), 3),
-            "to_wire": round(last / (copy / second), 3),
+            "to_file": round(longest / (size / second), 3),
+            "to_wire": round(longest / (copy / second), 3),
         }
     return row
 

@@ -49,7 +49,7 @@ def _lacking(row: dict[str, Any]) -> str:
 def title(row: dict[str, Any]) -> str:
     """What the rows of one case have in common."""
     shape = f"{row['rate']:g} Mbit/s both ways" if "rate" in row else "unshaped"
-    more = f", the last worker sends at {row['slow']:g}" if "slow" in row else ""
+    more = f", the first worker sends at {row['slow']:g}" if "slow" in row else ""
     more += f", the last worker {row['late']:g} s late" if "late" in row else ""
     return f"{row['bench']}: {row['disk']}, {row['bytes'] / MB:.1f} MB to {row['workers']}, {shape}{more}"
 
