@@ -37,6 +37,9 @@ def put(
     export: Annotated[
         Path | None, Parameter(help="Folder to write it to, too, as an origin for --origin.")
     ] = None,
+    skip_free: Annotated[
+        bool, Parameter(negative="", help="Leave out what the guest's ext4 file systems have freed.")
+    ] = False,
     data_dir: Home = None,
     as_json: Json = False,
 ) -> int:
@@ -44,9 +47,8 @@ def put(
     home = home_of(data_dir)
     launch.ensure(home)
     where = str(export.absolute()) if export else None
-    done = watched(
-        home, "put", path=str(path.absolute()), name=name, replica=replica, wait=wait, export=where
-    )
+    wishes = {"name": name, "replica": replica, "wait": wait, "export": where, "skip_free": skip_free}
+    done = watched(home, "put", path=str(path.absolute()), **wishes)
     emit(done, as_json, show.put)
     return 0
 

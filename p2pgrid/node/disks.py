@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from p2pgrid.ids import Cid
 from p2pgrid.node.api import Tell
 from p2pgrid.node.node import HINT_PATIENCE, STALL_PATIENCE, Node
 from p2pgrid.node.patience import patiently
+from p2pgrid.node.speed import Speed
 from p2pgrid.scheduler import messages as m
 from p2pgrid.transfer.exchange import Progress
 
@@ -35,49 +36,73 @@ Args = dict[str, Any]
 class Ticker:
     """Carry progress from a thread (or a callback) to whoever asked, a few times a second.
 
-    Leaving the block cancels the thread's work at its next report.
+    Events are those of `docs/reference/json.md`.  Leaving the block cancels the thread's work at
+    its next report.
     """
 
-    def __init__(self, tell: Tell, phase: str) -> None:
+    def __init__(self, tell: Tell, phase: str, unit: str = "bytes") -> None:
         self._tell = tell
-        self._phase = phase
-        self._now: dict[str, Any] = {"phase": phase, "done": 0, "total": 1}
+        self._news: dict[str, Any] = {"phase": phase, "unit": unit, "done": 0, "total": 0}
+        self._speed = Speed()
+        self._moved = 0
         self._gone = threading.Event()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        self._now = {"phase": self._phase, "done": done, "total": total, "note": note}
+        self._moved = done
+        self._news = self._news | {"done": done, "total": total, "note": note}
         if self._gone.is_set():
             raise Refused(why="whoever asked has gone")
 
     def fetched(self, progress: Progress) -> None:
         """The same for a fetch."""
-        note = f"from {len(progress.bytes_by_peer)} peer(s)"
-        if progress.stalled_for > 10:
-            note = (
-                f"stalled for {progress.stalled_for:.0f} s: nobody has {progress.unavailable} of the chunks"
-            )
-        self(progress.bytes_done, progress.bytes_total, note)
+        self(progress.bytes_done, progress.bytes_total)
+        self._moved = progress.from_peers + progress.from_origins  # what was here is no speed
+        self._news = self._news | {
+            "sources": {
+                "peers": progress.from_peers,
+                "origins": progress.from_origins,
+                "local": progress.local,
+                "resumed": progress.resumed,
+                "connected": progress.peers,
+            },
+            "stall": progress.stall,
+            "stalled_for": progress.stalled_for,
+        }
 
     async def run(self, work: Callable[[], Any]) -> Any:
         """Run `work` in a thread, telling how far it is."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._report)
+        async with self.telling():
             try:
                 result = await trio.to_thread.run_sync(work)
             except Refused:
                 await trio.lowlevel.checkpoint_if_cancelled()  # it is ours then, and nobody waits for it
                 raise
-            nursery.cancel_scope.cancel()
-        await self._tell({**self._now, "done": self._now["total"]})
         return result
+
+    @contextlib.asynccontextmanager
+    async def telling(self) -> AsyncIterator[None]:
+        """Tell how far it is while the block runs, and that it is done when it ends well."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report)
+            yield
+            nursery.cancel_scope.cancel()
+        total = max(self._news["total"], 1)
+        await self._tell(self._news | {"done": total, "total": total, "stall": ""})
 
     async def _report(self) -> None:
         try:
             while True:
-                await self._tell(self._now)
+                await self._tell(self._event())
                 await trio.sleep(NEWS_PERIOD)
         finally:
             self._gone.set()
+
+    def _event(self) -> dict[str, Any]:
+        news, speed = self._news, self._speed
+        if news["total"]:  # the clock does not run before it is known how much there is to do
+            speed.note(trio.current_time(), self._moved, news["total"] - news["done"])
+        left = None if news.get("stall") else speed.left
+        return news | {"rate": round(speed.rate), "left": None if left is None else round(left, 1)}
 
 
 async def put(node: Node, args: Args, tell: Tell) -> Any:
@@ -89,8 +114,9 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
 
     async def publish() -> Published:
         ticker = Ticker(tell, "cutting")
-        key = node.identity.signing_key
-        published: Published = await ticker.run(lambda: publish_disk(node.store, path, key, ticker))
+        key, skip = node.identity.signing_key, bool(args.get("skip_free"))
+        work = functools.partial(publish_disk, node.store, path, key, ticker, skip_free=skip)
+        published: Published = await ticker.run(work)
         return published
 
     done = await publish()
@@ -132,6 +158,7 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
         "wire_bytes": done.wire_bytes,
         "format": recipe.format,
         "exact": recipe.exact,
+        "freed": recipe.freed,
         "seconds": done.seconds,
         **exported,
     }
@@ -194,11 +221,9 @@ async def _here(node: Node, which: str, tell: Tell, origins: Sequence[str] = ())
 async def fetch(node: Node, datum: str, tell: Tell, origins: Sequence[str] = ()) -> None:
     """Have `datum` complete here, telling how far it is."""
     ticker = Ticker(tell, "fetching")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ticker._report)
+    async with ticker.telling():
         known = await node.providers(datum)
         await node.fetch(datum, known, ticker.fetched, STALL_PATIENCE, origins=origins)
-        nursery.cancel_scope.cancel()
 
 
 async def _cid(node: Node, which: str) -> Cid:
@@ -247,6 +272,7 @@ async def show(node: Node, args: Args, tell: Tell) -> Any:
         "size": content.size,
         "format": recipe.format,
         "exact": recipe.exact,
+        "freed": recipe.freed,
         "chunk_size": content.chunk_size,
         "chunks": content.positions - layout.holes,
         "holes": layout.holes,
@@ -267,6 +293,7 @@ def _brief(view: m.DatumView) -> dict[str, Any]:
         "size": record.size,
         "format": record.format,
         "exact": None,
+        "freed": None,
         "chunk_size": CHUNK_SIZE,
         "chunks": None,
         "holes": None,

@@ -16,11 +16,11 @@ Answer = dict[str, Any]
 
 
 def put(v: Answer) -> str:
-    note = (
-        ""
-        if v["exact"]
-        else f"\nits compression cannot be repeated: get will write a fresh {v['format']} file"
-    )
+    note = ""
+    if v["freed"]:
+        note = f"\n{size(v['freed'])} that the guest has freed stay behind: get will write them as zeros"
+    elif not v["exact"]:
+        note = f"\nits compression cannot be repeated: get will write a fresh {v['format']} file"
     return (
         f"{v['name']}  {v['disk']}\n"
         f"{size(v['size'])} in {v['chunks']} chunks and {v['holes']} holes, "
@@ -64,6 +64,11 @@ def disk(v: Answer) -> str:
         f"disk     {v['disk']}",
         f"content  {v['content']}",
         f"size     {size(v['size'])} ({v['size']} bytes), put as {v['format']}",
+        *(
+            [f"freed    {size(v['freed'])} of it read as zeros: the guest had freed them"]
+            if v["freed"]
+            else []
+        ),
         *(
             [
                 f"chunks   {v['chunks']} of {size(v['chunk_size'])}, {v['holes']} more are holes",

@@ -54,10 +54,11 @@ def test_a_job_shows_its_tasks_and_why_it_waits():
 def test_a_disk_put_says_whether_the_same_bytes_come_back():
     put = {
         "disk": CID, "name": "debian", "size": 1 << 30, "chunks": 3, "holes": 4093, "unique_bytes": 786432,
-        "wire_bytes": 1000, "format": "qcow2", "exact": True, "seconds": 0.5,
+        "wire_bytes": 1000, "format": "qcow2", "exact": True, "freed": 0, "seconds": 0.5,
     }  # fmt: skip
     assert show.put(put).startswith(f"debian  {CID}\n1.0 GiB in 3 chunks and 4093 holes")
     assert "fresh qcow2" in show.put(put | {"exact": False})
+    assert "4.0 KiB that the guest has freed stay behind" in show.put(put | {"exact": False, "freed": 4096})
     assert "fresh qcow2" not in show.put(put)
     got = {"path": "x", "bytes": 1, "format": "raw", "exact": True}
     assert "byte-identical" in show.get(got)
@@ -67,12 +68,14 @@ def test_a_disk_put_says_whether_the_same_bytes_come_back():
 def test_a_disk_shows_who_holds_it_and_how_much_is_here():
     view = {
         "disk": CID, "content": CID, "name": "d", "size": 4096, "format": "raw", "exact": True,
-        "chunk_size": 262144,        "chunks": 2, "holes": 1, "frames": 2, "held": 1, "wire_bytes": 10,
+        "freed": 0, "chunk_size": 262144, "chunks": 2, "holes": 1, "frames": 2, "held": 1, "wire_bytes": 10,
         "holders": [{"peer": "12D3", "name": "ann"}],
     }  # fmt: skip
     assert "held     1 of 2 here" in show.disk(view)
     assert "holder   ann  12D3" in show.disk(view)
     assert "nothing here" in show.disk(view | {"chunks": None})
+    assert "freed" not in show.disk(view)
+    assert "freed    8.0 KiB of it read as zeros" in show.disk(view | {"freed": 8192})
     row = {"name": "d", "size": 1, "wire_bytes": 1, "holders": 2, "held": 1, "frames": 2, "disk": CID}
     assert "50 %" in show.disks({"disks": [row]})
     assert show.disks({"disks": [row | {"frames": 0}]}).split("\n")[1].split()[-2] == "-"
