@@ -47,8 +47,12 @@ class Searching(Protocol):
     def learn(self, peer: PeerId, addresses: Iterable[str]) -> None: ...
 
 
-class Host(Wanter, Protocol):
+class Host(Protocol):
     """Who keeps the company."""
+
+    def about(self, shelf: Shelf) -> Wanter:
+        """Who is to hear what peers report about the shelf's pack."""
+        ...
 
     def left(self, peer: PeerId) -> None:
         """`peer` is lost."""
@@ -73,6 +77,8 @@ class Company:
     def __init__(self, keys: list[Cid], searching: Searching, host: Host) -> None:
         self.keys = keys
         """What is looked up in the index."""
+        self.looked = 0
+        """How often the index has answered."""
         self.news = trio.Event()
         """Set, and replaced, when a peer was found or lost."""
         self._searching = searching
@@ -82,6 +88,11 @@ class Company:
         self._finding: set[Cid] = set()
 
     # --- whom there is --------------------------------------------------------------------
+
+    @property
+    def heard(self) -> int:
+        """How many peers may have something."""
+        return len(self._contacts)
 
     def sessions(self) -> list[Session]:
         return [c.session for c in self._contacts.values() if c.session is not None and not c.shunned]
@@ -169,6 +180,7 @@ class Company:
         try:
             with contextlib.suppress(Unreachable, NotFound):
                 self.hint(await self._searching.index.find(bytes(key)))
+                self.looked += 1
         finally:
             self._finding.discard(key)
 
@@ -200,7 +212,7 @@ class Company:
 
     def _open(self, contact: _Contact) -> None:
         if contact.session is not None and contact.want is None and self._shelf is not None:
-            contact.want = contact.session.want(self._shelf, self._host)
+            contact.want = contact.session.want(self._shelf, self._host.about(self._shelf))
 
     def _rest(self, contact: _Contact) -> None:
         pause = min(REST_MAX, REST_MIN * 2**contact.losses)

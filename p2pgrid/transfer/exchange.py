@@ -22,8 +22,9 @@ from p2pgrid.hole_punch.bulk import Link, Links, open_links
 from p2pgrid.hole_punch.path import Address
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.net import Index, Network
-from p2pgrid.transfer.fetch import Download, Fetched, Progress
+from p2pgrid.transfer.fetch import Download, Fetched
 from p2pgrid.transfer.messages import ADDRESS_MAX, ADDRESSES_MAX, PEERS_MAX, Peers, encode
+from p2pgrid.transfer.progress import Progress
 from p2pgrid.transfer.seed import Audience, Seeding
 from p2pgrid.transfer.session import Session
 
@@ -148,7 +149,7 @@ class Exchange:
         """A peer wants `pack`: tell it who else does, and ask it, too, if we want it ourselves."""
         others = {listener.peer for listener, _ in self._audience.of(pack)}
         for download, _ in self._downloads.values():
-            if download.pack == pack:
+            if pack in download.packs:
                 download.company.hint([link.peer])
                 others.update(other.peer for other in download.company.sessions())
         others -= {link.peer, self._network.me}

@@ -2,6 +2,7 @@
 
     look for peers ───────────────────────────────────────────> (until complete)
     objects, each by name ─> begin the pack ─> Swarm: Ask … Arrived … Completed
+                                               one for each pack: of a delta, the parent's first
 
 One story; cancelling it leaves a shelf that the next fetch goes on with.  It never gives up by
 itself: how long to wait is the caller's to say, and `Progress` says what is lacking, so that
@@ -33,8 +34,9 @@ from p2pgrid.machine import Tick
 from p2pgrid.transfer.company import SEARCH, Company, Searching
 from p2pgrid.transfer.lastresort import LastResort
 from p2pgrid.transfer.messages import INDICES_MAX
+from p2pgrid.transfer.progress import Progress, stretches
 from p2pgrid.transfer.ranges import is_origin
-from p2pgrid.transfer.session import Session
+from p2pgrid.transfer.session import Session, Wanter
 from p2pgrid.transfer.swarm import (
     Arrived,
     Ask,
@@ -59,31 +61,6 @@ ANNOUNCE = 0.025
 """Seconds that news of chunks wait for more of them."""
 REPORT = 0.25
 """Seconds between two progress reports."""
-
-
-@attrs.frozen
-class Progress:
-    """How far a fetch is.  Bytes are those of frames, as they are stored and sent."""
-
-    bytes_done: int
-    bytes_total: int
-    """0 until the pack is known."""
-    bytes_by_peer: dict[PeerId, int]
-    local: int
-    """Bytes copied from other packs of this store."""
-    resumed: int
-    """Bytes that an earlier fetch had brought."""
-    rate: float
-    """Bytes per second, lately."""
-    peers: int
-    missing: int
-    """Chunks not here."""
-    unavailable: int
-    """Missing chunks that no connected peer has."""
-    stalled_for: float
-    """Seconds since something came."""
-    troubles: dict[str, str] = attrs.field(factory=dict)
-    """Why origins help no more, by origin."""
 
 
 @attrs.frozen
@@ -120,6 +97,9 @@ class Download:
         self.datum = datum
         self._most = most
         self.pack: Cid | None = None
+        """The one that is being completed."""
+        self.packs: frozenset[Cid] = frozenset()
+        """All that the datum needs."""
         self.listeners: list[Callable[[Progress], None]] = []
         self._peering = peering
         self._store = peering.store
@@ -131,10 +111,13 @@ class Download:
         self.resort = LastResort(self, peering.me, rng)
         self.resort.add(peering.origins)
         self._lock = threading.Lock()
-        self._reports: list[Event] = []
+        self._reports: list[tuple[Shelf, Event]] = []
         self._reported = trio.Event()
         self._inbox: trio.MemorySendChannel[Sequence[Event]] | None = None
+        self._top: Shelf | None = None
+        """The datum's own."""
         self._shelf: Shelf | None = None
+        """The one that is being completed: its parent's, perhaps."""
         self._swarm: Swarm | None = None
         self._arrived = bytearray()
         self._fresh: list[int] = []
@@ -160,8 +143,7 @@ class Download:
                         nursery.start_soon(self._announce)
                         try:
                             await self._objects()
-                            await self._begin()
-                            await self._complete()
+                            await self._complete(await self._begin())
                         except GridError as wrong:
                             self._failure = wrong
                         nursery.cancel_scope.cancel()
@@ -180,9 +162,7 @@ class Download:
     async def _all_here(self) -> bool:
         if await trio.to_thread.run_sync(self._missing):
             return False
-        await self._begin()
-        assert self._shelf is not None
-        return self._shelf.complete
+        return (await self._begin()).complete
 
     async def _objects(self) -> None:
         limit = trio.CapacityLimiter(OBJECTS_AT_ONCE)
@@ -240,35 +220,43 @@ class Download:
             self._give_up(full)
         self._last = trio.current_time()
 
-    async def _begin(self) -> None:
+    async def _begin(self) -> Shelf:
         """Make or find the shelf, and tell the others what is on it."""
-        if self._shelf is not None:
-            return
-
-        def begin() -> tuple[Shelf, int, int, int]:
-            pack = decode_datum(self._store.get_object(self.datum)).pack or self.datum
-            before = self._store.shelf(pack)
-            local = before.local_bytes if before is not None else 0
-            shelf = self._store.begin(self.datum)
-            return shelf, shelf.local_bytes - local, shelf.held_bytes(), shelf.size
-
-        shelf, self._local, self._done, self._total = await trio.to_thread.run_sync(begin)
+        if self._top is not None:
+            return self._top
+        top, parts, self._local = await trio.to_thread.run_sync(self._begun)
+        self._done = sum(part.held_bytes() for part in parts)
+        self._total = sum(part.size for part in parts)
         self._resumed = self._done - self._local
-        self._shelf = shelf
-        self.pack = shelf.pack
-        self.company.keys.append(shelf.layout.cid)
-        self._arrived = bytearray(len(shelf.frames.lengths))
-        if not shelf.complete:
-            self._peering.show(shelf)
+        self._top, self.packs = top, frozenset(part.pack for part in top.parts)
+        for part in parts:
+            self.company.keys.append(part.layout.cid)
+            if not part.complete:
+                self._peering.show(part)
+        self._work_on(top)
+        return top
 
-    async def _complete(self) -> None:
-        shelf = self._shelf
-        assert shelf is not None
-        while not shelf.complete:  # again only where a chunk rotted while the others came
+    def _begun(self) -> tuple[Shelf, list[Shelf], int]:
+        """The datum's shelf, those that count (not a parent that was complete), bytes copied just now."""
+        store = self._store
+        before = {shelf.pack: shelf.local_bytes for shelf in store.shelves()}
+        whole = {shelf.pack for shelf in store.shelves() if shelf.complete}
+        top = store.begin(self.datum)
+        parts = [part for part in top.parts if part is top or part.pack not in whole]
+        return top, parts, sum(part.local_bytes - before.get(part.pack, 0) for part in parts)
+
+    def _work_on(self, shelf: Shelf) -> None:
+        self._tell_fresh()
+        self._shelf, self.pack = shelf, shelf.pack
+        self._arrived = bytearray(len(shelf.frames.lengths))
+
+    async def _complete(self, top: Shelf) -> None:
+        while not top.complete:  # a parent first; again where a chunk rotted while the others came
+            shelf = next(part for part in top.parts if not part.complete)
             if shelf.convicted:
                 shelf.put_frame(0, b"")  # says why
             self.company.dismiss()
-            self._arrived = bytearray(len(shelf.frames.lengths))
+            self._work_on(shelf)
             self._swarm = Swarm(shelf.frames.lengths, shelf.have(), self._rng)
             # Bounded by what peers were asked for and by how much they may chatter.
             self._inbox, inbox = trio.open_memory_channel[Sequence[Event]](math.inf)
@@ -276,8 +264,8 @@ class Download:
             await drive(_Gathered(self._swarm), inbox, self._perform)
 
     async def _flush(self) -> None:
-        if self._shelf is not None:
-            await trio.to_thread.run_sync(self._shelf.flush)
+        for part in self._top.parts if self._top is not None else ():
+            await trio.to_thread.run_sync(part.flush)
 
     async def _perform(self, effects: Sequence[Effect]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -311,9 +299,12 @@ class Download:
 
     # --- what links report ----------------------------------------------------------------
 
-    def report(self, event: Event) -> None:
+    def about(self, shelf: Shelf) -> Wanter:
+        return _About(self, shelf)
+
+    def report(self, shelf: Shelf, event: Event) -> None:
         with self._lock:
-            self._reports.append(event)
+            self._reports.append((shelf, event))
             if len(self._reports) > 1:
                 return  # whoever was first has called already
         self._token.run_sync_soon(self._ring_reported)
@@ -341,7 +332,9 @@ class Download:
             await self._reported.wait()
             self._reported = trio.Event()
             with self._lock:
-                events, self._reports = self._reports, []
+                reports, self._reports = self._reports, []
+            # What was under way when its pack was complete has indices of another one.
+            events = [event for shelf, event in reports if shelf is self._shelf]
             for event in events:
                 if isinstance(event, Arrived) and not self._arrived[event.index]:
                     self._count(event.index, event.size)
@@ -379,8 +372,11 @@ class Download:
             await self._freshly.wait()
             await trio.sleep(ANNOUNCE)
             self._freshly = trio.Event()
-            fresh, self._fresh = self._fresh, []
-            assert self.pack is not None
+            self._tell_fresh()
+
+    def _tell_fresh(self) -> None:
+        fresh, self._fresh = self._fresh, []
+        if fresh and self.pack is not None:
             self._peering.tell(self.pack, fresh)
 
     # --- progress -------------------------------------------------------------------------
@@ -394,10 +390,16 @@ class Download:
             before, at = self._done, now
             self._tell_listeners()
 
+    def _later(self) -> int:
+        """Chunks missing of the pack whose turn comes after this one."""
+        top = self._top
+        return len(top.frames.lengths) - top.count if top is not None and top is not self._shelf else 0
+
     def _tell_listeners(self) -> None:
         if not self.listeners:
             return
-        swarm = self._swarm
+        swarm, shelf = self._swarm, self._shelf
+        lost = swarm.unavailable() if swarm is not None and not swarm.complete else []
         progress = Progress(
             self._done,
             self._total,
@@ -406,13 +408,35 @@ class Download:
             self._resumed,
             self._rate,
             len(self.company.sessions()),
-            swarm.missing if swarm is not None else 0,
-            len(swarm.unavailable()) if swarm is not None and not swarm.complete else 0,
+            swarm.missing + self._later() if swarm is not None else 0,
+            len(lost),
             trio.current_time() - self._last,
             self.resort.troubles(),
+            len(shelf.frames.lengths) if shelf is not None else 0,
+            stretches(lost),
+            swarm.silent if swarm is not None else 0,
+            self.company.heard,
+            self.company.looked,
         )
         for listener in list(self.listeners):
             listener(progress)
+
+
+class _About:
+    """What is reported about one shelf's pack; a `Wanter`."""
+
+    def __init__(self, download: Download, shelf: Shelf) -> None:
+        self._download = download
+        self._shelf = shelf
+
+    def report(self, event: Event) -> None:
+        self._download.report(self._shelf, event)
+
+    def fail(self, error: GridError) -> None:
+        self._download.fail(error)
+
+    def hear_of(self, peers: tuple[tuple[PeerId, tuple[str, ...]], ...]) -> None:
+        self._download.hear_of(peers)
 
 
 class _Gathered:

@@ -27,7 +27,7 @@ import attrs
 import trio
 
 from p2pgrid.dht.shelf import Shelf
-from p2pgrid.errors import ChunkCorrupt, WorldError
+from p2pgrid.errors import ChunkCorrupt, GridError, WorldError
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.transfer.origin import Origin, OriginFailed
 from p2pgrid.transfer.ranges import RUN_MAX, owner, pause, pick
@@ -47,8 +47,16 @@ WINDOW = 10.0
 NEED = 600.0
 
 
-class Needy(Wanter, Protocol):
+class Needy(Protocol):
     """Who fetches."""
+
+    def about(self, shelf: Shelf) -> Wanter:
+        """Who is to hear what came of the shelf's pack."""
+        ...
+
+    def fail(self, error: GridError) -> None:
+        """Nothing more can be stored."""
+        ...
 
     def lacking(self) -> tuple[Shelf, Swarm] | None:
         """What is incomplete, and who brings it; None while it is not known yet."""
@@ -187,7 +195,7 @@ class LastResort:
                 self._busy.difference_update(run)
 
     async def _bring(self, course: Course, shelf: Shelf, run: list[int]) -> None:
-        peer = course.origin.site.peer
+        peer, wanter = course.origin.site.peer, self._needy.about(shelf)
 
         def take(index: int, frame: memoryview) -> None:
             try:
@@ -195,7 +203,7 @@ class LastResort:
             except ChunkCorrupt:
                 course.wrong.add(index)
                 raise
-            self._needy.report(Arrived(peer, index, len(frame)))
+            wanter.report(Arrived(peer, index, len(frame)))
 
         try:
             with self._judged(course):
