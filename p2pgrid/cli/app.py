@@ -57,7 +57,7 @@ def ask(home: Path | None, op: str, **args: Any) -> Any:
     return api.call(home_of(home), op, args)
 
 
-def watched(home: Path, op: str, **args: Any) -> Any:
+def watched(home: Path, op: str, as_json: bool, **args: Any) -> Any:
     """The daemon's answer, with bars until it comes."""
-    with Bars() as bars:
+    with Bars(as_json=as_json) as bars:
         return api.call(home, op, args, bars.event)

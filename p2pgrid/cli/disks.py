@@ -48,7 +48,7 @@ def put(
     launch.ensure(home)
     where = str(export.absolute()) if export else None
     wishes = {"name": name, "replica": replica, "wait": wait, "export": where, "skip_free": skip_free}
-    done = watched(home, "put", path=str(path.absolute()), **wishes)
+    done = watched(home, "put", as_json, path=str(path.absolute()), **wishes)
     emit(done, as_json, show.put)
     return 0
 
@@ -67,7 +67,7 @@ def get(
     """Write a disk back to a file: byte-identical in the format that was put."""
     home, origins = home_of(data_dir), origins_of(origin)
     launch.ensure(home)
-    done = watched(home, "get", disk=which, out=str(output.absolute()), format=form, origins=origins)
+    done = watched(home, "get", as_json, disk=which, out=str(output.absolute()), format=form, origins=origins)
     emit(done, as_json, show.get)
     return 0
 
@@ -96,7 +96,7 @@ def disk_verify(
     as_json: Json = False,
 ) -> int:
     """Hash every chunk held here, of DISK or of everything; fetch what is bad again from peers."""
-    done = watched(home_of(data_dir), "disk_verify", disk=which, repair=repair)
+    done = watched(home_of(data_dir), "disk_verify", as_json, disk=which, repair=repair)
     emit(done, as_json, show.verified)
     return 0 if done["bad"] == done["repaired"] else 7
 
@@ -113,7 +113,7 @@ def disk_export(
 ) -> int:
     """Write a disk as files that any web server can offer: an origin for --origin."""
     home, origins = home_of(data_dir), origins_of(origin)
-    done = watched(home, "disk_export", disk=which, out=str(folder.absolute()), origins=origins)
+    done = watched(home, "disk_export", as_json, disk=which, out=str(folder.absolute()), origins=origins)
     emit(done, as_json, show.exported)
     return 0
 

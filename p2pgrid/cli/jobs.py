@@ -19,6 +19,7 @@ from p2pgrid.node.console import (
     parse_size,
     say,
 )
+from p2pgrid.node.plain import console, plain
 
 
 @app.command
@@ -78,14 +79,14 @@ def run(
     if detach:
         emit(api.call(home, "submit", spec), as_json, lambda v: str(v["job"]))
         return 0
-    view = _attended(home, spec)
+    view = _attended(home, spec, as_json)
     folder = (output or Path(view["job"])).absolute()
     brought = api.call(home, "job_results", {"job": view["job"], "out": str(folder)})
     emit({**view, "results": brought["folder"]}, as_json, show.finished)
     return show.exit_code(view)
 
 
-def _attended(home: Path, spec: dict[str, Any]) -> Any:
+def _attended(home: Path, spec: dict[str, Any], as_json: bool) -> Any:
     """A job that lives as long as this command: the daemon cancels it when we hang up, however we end."""
     job = ""
 
@@ -93,12 +94,12 @@ def _attended(home: Path, spec: dict[str, Any]) -> Any:
         nonlocal job
         if "job" in event:
             job = event["job"]
-            say(f"job {job}: {len(spec['array'])} task(s) of {event['disk_name']}")
+            say(f"job {job}: {len(spec['array'])} task(s) of {plain(event['disk_name'])}")
         else:
             bars.event(event)
 
     try:
-        with Bars() as bars:
+        with Bars(as_json=as_json) as bars:
             return api.call(home, "run", spec, watch)
     except KeyboardInterrupt:
         if job:
@@ -127,9 +128,14 @@ def job_logs(
     *,
     index: Annotated[int, Parameter(help="Which task of an array.")] = 0,
     data_dir: Home = None,
+    as_json: Json = False,
 ) -> int:
-    """Print the console of a task that has ended."""
-    sys.stdout.write(ask(data_dir, "job_logs", job=number, index=index)["console"])
+    """Print the console of a task that has ended, without what would steer your terminal."""
+    logs = ask(data_dir, "job_logs", job=number, index=index)
+    if as_json:
+        emit(logs, as_json, str)
+    else:
+        sys.stdout.write(console(logs["console"]))
     return 0
 
 
@@ -144,7 +150,7 @@ def job_wait(
 ) -> int:
     """Wait until every task of a job has ended and its results are home."""
     patience = parse_duration(timeout) if timeout else None
-    view = watched(home_of(data_dir), "job_wait", job=number, patience=patience)
+    view = watched(home_of(data_dir), "job_wait", as_json, job=number, patience=patience)
     emit(view, as_json, show.job)
     return show.exit_code(view)
 

@@ -2,7 +2,8 @@
 
 Rules: what a program may want to read goes to stdout, everything else to stderr.  With
 `--json` stdout holds one JSON document and nothing more.  Without a terminal a bar is a
-line every five seconds.  Exit codes: `docs/reference/exit-codes.md`.
+line every five seconds, with `--json` one JSON object a second.  What others wrote is made
+plain (`plain.py`).  Exit codes: `docs/reference/exit-codes.md`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import attrs
+
 from p2pgrid.errors import GridError, Misused
 from p2pgrid.node.api import Told
+from p2pgrid.node.plain import cleaned, plain
+from p2pgrid.node.speed import facts
+from p2pgrid.node.speed import size as size
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -29,6 +35,8 @@ TASKS_MAX = 10_000
 """Tasks of one array: what the scheduler takes (`job.ARRAY_MAX`), said before anything is published."""
 LINE_PERIOD = 5.0
 """Seconds between progress lines where stderr is not a terminal."""
+JSON_PERIOD = 1.0
+"""The same with `--json`."""
 
 
 def default_home() -> Path:
@@ -49,7 +57,7 @@ def run_app(app: App, name: str) -> int:
     try:
         result = app(exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        complain(str(error).strip(), f"see `{name} --help`")
+        complain(" ".join(str(error).split()), f"see `{name} --help`")
         return 2
     except Told as told:
         complain(str(told), told.hint)
@@ -71,7 +79,7 @@ def run_app(app: App, name: str) -> int:
 
 def complain(what: str, advice: str = "") -> None:
     """One sentence on stderr, and what to do about it."""
-    print(f"error: {what}" + (f"\n  {advice}" if advice else ""), file=sys.stderr)
+    print(f"error: {plain(what)}" + (f"\n  {plain(advice)}" if advice else ""), file=sys.stderr)
 
 
 def say(text: str) -> None:
@@ -81,7 +89,8 @@ def say(text: str) -> None:
 
 def emit(value: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], str]) -> None:
     """`value` on stdout: as versioned JSON, or as `human` puts it."""
-    print(json.dumps({"schema": SCHEMA, **value}, indent=2) if as_json else human(value), flush=True)
+    said = json.dumps({"schema": SCHEMA, **value}, indent=2) if as_json else human(cleaned(value))
+    print(said, flush=True)
 
 
 def table(rows: Sequence[Sequence[Any]], *headings: str) -> str:
@@ -90,15 +99,6 @@ def table(rows: Sequence[Sequence[Any]], *headings: str) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join(lines)
-
-
-def size(count: float) -> str:
-    """Bytes as people say them."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 _NUMBER = r"(\d{1,15}(?:\.\d{1,15})?)\s*"
@@ -143,24 +143,27 @@ def _number(text: str) -> bool:
 
 
 class Bars:
-    """Progress of named things: bars on a terminal, a line every few seconds elsewhere."""
+    """Progress of named things: bars on a terminal, a line every few seconds elsewhere, JSON where asked.
 
-    def __init__(self, quiet: bool = False) -> None:
+    Why something stalls is said at once.
+    """
+
+    def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
         self._quiet = quiet
+        self._as_json = as_json
         self._rich: Any = None
         self._tasks: dict[str, Any] = {}
-        self._said: dict[str, float] = {}
+        self._said: dict[str, _Said] = {}
 
     def __enter__(self) -> Self:
-        if not self._quiet and sys.stderr.isatty():
+        if not self._quiet and not self._as_json and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
             self._rich = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}", markup=False),
                 console=Console(stderr=True),
                 transient=False,
             )
@@ -173,23 +176,45 @@ class Bars:
 
     def event(self, news: dict[str, Any]) -> None:
         """What a daemon tells of its progress."""
-        self.show(news["phase"], news["done"], news["total"], news.get("note", ""))
+        what, done, total = news["phase"], news["done"], news["total"]
+        if news.get("unit") == "bytes" and not total:
+            total = 1  # it is not known yet
+        if self._as_json:
+            if not self._quiet and self._due(what, done, total, news.get("stall", ""), JSON_PERIOD):
+                say(json.dumps({"schema": SCHEMA, "event": "progress", **news}))
+        else:
+            self.show(what, done, total, facts(news), news.get("stall", ""))
 
-    def show(self, what: str, done: float, total: float, note: str = "") -> None:
+    def show(self, what: str, done: float, total: float, note: str = "", stall: str = "") -> None:
         """`what` stands at `done` of `total`."""
+        what, note = plain(what), plain(note)
         if self._rich:
             if what not in self._tasks:
                 self._tasks[what] = self._rich.add_task(what, total=total or 1, note=note)
             self._rich.update(self._tasks[what], completed=done if total else 1, total=total or 1, note=note)
-        elif not self._quiet:
-            now = time.monotonic()
-            last = self._said.get(what)
-            finished = done >= total
-            if last is None or now - last >= LINE_PERIOD or (finished and last != float("inf")):
-                if last != float("inf"):
-                    share = 100 * done / total if total else 100
-                    say(f"{what}: {share:.0f} % {note}".rstrip())
-                self._said[what] = float("inf") if finished else now
+        elif not self._quiet and self._due(what, done, total, stall, LINE_PERIOD):
+            share = 100 * done / total if total else 100
+            say(f"{what}: {share:.0f} % {note}".rstrip())
+
+    def _due(self, what: str, done: float, total: float, stall: str, period: float) -> bool:
+        """Whether it is time for a line: after a while, at the end, and when a stall begins or ends."""
+        now, said = time.monotonic(), self._said.get(what)
+        finished = done >= total
+        if said is not None and said.finished:
+            return False
+        if said is None or finished or now - said.at >= period or bool(stall) != said.stalled:
+            self._said[what] = _Said(now, bool(stall), finished)
+            return True
+        return False
+
+
+@attrs.frozen
+class _Said:
+    """The last line about something."""
+
+    at: float
+    stalled: bool
+    finished: bool
 
 
 @contextlib.contextmanager

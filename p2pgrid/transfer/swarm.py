@@ -197,6 +197,11 @@ class Swarm:
         """The missing indices that no answering peer has."""
         return list(indices(self._rarity.lost()))
 
+    @property
+    def silent(self) -> int:
+        """How many peers have something we miss and do not answer."""
+        return sum(peer.stalls > 0 for peer in self._peers.values())
+
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take one event and say what to do."""
         self._effects = []
