@@ -38,8 +38,8 @@ from p2pgrid.dht.content import CHUNK_SIZE
 from p2pgrid.dht.delta import BLOCK, Range
 from p2pgrid.ids import DIGEST_SIZE, digest
 
-BLOCKS_MAX = 4 << 20
-"""Blocks (16 GiB) of a parent that are looked at: memory is 8 bytes for each, and for each mark."""
+BLOCKS_MAX = 2 << 20
+"""Blocks (8 GiB) of a parent that are looked at: memory is 8 bytes for each, and for each mark."""
 RARE = 7
 """Bits: one hash in 128 is a mark, two in a block."""
 COMMON = 16
@@ -61,11 +61,16 @@ Plain = bytes | bytearray | memoryview
 _WORD = np.dtype("<u8")
 _WORDS = BLOCK // 8
 _PHASES = 8
+_WINDOW = 4
+"""Words of which a mark is made."""
 _ODD = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xFF51AFD7ED558CCD],
     np.uint64,
 )
-_MIX = (np.arange(1, 2 * _WORDS, 2, dtype=np.uint64) * _ODD[0]) ^ _ODD[1] | np.uint64(1)
+_BLOCK_ODD = (np.arange(1, 2 * _WORDS, 2, dtype=np.uint64) * _ODD[0]) ^ _ODD[1] | np.uint64(1)
+_RARELY = np.uint64(1 << (64 - RARE))
+_PIECE = 8192
+"""Words hashed at a time: arrays that stay in the cache, and that are not mapped anew each time."""
 _CHUNK = CHUNK_SIZE // BLOCK
 _ZERO, _NEW = -2, -1
 _HEAD = struct.Struct("<8sQQQQ")
@@ -104,16 +109,15 @@ class Likeness:
             filled = np.flatnonzero(named)
             names.append(named[filled])
             blocks.append((filled + first).astype(np.uint32))
-            at, found = _marks(words[::2], words[1::2], 1)
+            at, found = _marks(words, 2)
             marks.append(found)
-            places.append((at // (_WORDS // 2) + first).astype(np.uint32))
+            places.append((at // _WORDS + first).astype(np.uint32))
             left -= len(filled)
             if left < 0:
                 break
         sorted_names, sorted_blocks = _sorted(np.concatenate(names), np.concatenate(blocks))
         sorted_marks, sorted_places = _sorted(np.concatenate(marks), np.concatenate(places))
-        low, high = _span(sorted_marks, sorted_marks)
-        telling = high - low <= COMMON
+        telling = ~_crowded(sorted_marks)
         return cls(sorted_names, sorted_blocks, sorted_marks[telling], sorted_places[telling],
                    end, hole if widest >= _CHUNK else -1)  # fmt: skip
 
@@ -238,9 +242,8 @@ class Likeness:
         ours: list[I64] = []
         found: list[U32] = []
         for phase in range(_PHASES):
-            shifted = plain[phase : phase - _PHASES].copy().view(np.uint64)
-            at, marks = _marks(shifted[:-1], shifted[1:], 2)
-            ours.append(new[(at * 8 + phase) // BLOCK])
+            at, marks = _marks(plain[phase : phase - _PHASES].copy().view(np.uint64), 1)
+            ours.append(new[at // _WORDS])
             found.append(marks)
         low, high = _span(self._marks, np.concatenate(found))
         count = high - low
@@ -265,35 +268,53 @@ def _words(plain: Plain) -> U64:
 
 def _block_names(words: U64) -> U32:
     """A number for each block; a zero block has 0."""
-    mixed = words.reshape(-1, _WORDS)
-    mixed = ((mixed ^ (mixed >> 29)) * _MIX).sum(axis=1, dtype=np.uint64)
-    return (_scrambled(mixed) >> 32).astype(np.uint32)
+    names = np.einsum("ij,j->i", words.reshape(-1, _WORDS), _BLOCK_ODD)
+    return (_scrambled(names) >> 32).astype(np.uint32)
 
 
-def _marks(even: U64, odd: U64, step: int) -> tuple[I64, U32]:
-    """Where in 16-byte pieces (two words each) a mark begins, and the marks; `step` pieces are 16 bytes."""
-    mixed = even * _ODD[0]
-    mixed ^= mixed >> 31
-    mixed += odd * _ODD[1]
-    mixed = _scrambled(mixed[:-step] * _ODD[2] + mixed[step:] * _ODD[3])
-    at = np.flatnonzero(mixed >> (64 - RARE) == 0)
-    marks = mixed[at].astype(np.uint32)
-    return at[marks != 0], marks[marks != 0]
+def _marks(words: U64, step: int) -> tuple[I64, U32]:
+    """At which words marks begin, looking at every `step`th, and the marks: 32 bytes are hashed."""
+    at: list[I64] = []
+    marks: list[U32] = []
+    for first in range(0, len(words) - _WINDOW + 1, _PIECE):
+        piece = words[first : first + _PIECE + _WINDOW - 1]
+        last = len(piece) - _WINDOW + 1
+        hashes = piece[:last:step] * _ODD[0]
+        for i in range(1, _WINDOW):
+            hashes += piece[i : last + i : step] * _ODD[i]
+        hashes = _scrambled(hashes)
+        here = np.flatnonzero((hashes < _RARELY) & (hashes != 0))
+        at.append(here * step + first)
+        marks.append(hashes[here].astype(np.uint32))
+    return np.concatenate(at), np.concatenate(marks)
 
 
-def _scrambled(mixed: U64) -> U64:
-    mixed ^= mixed >> 32
-    mixed *= _ODD[4]
-    return mixed
+def _scrambled(hashes: U64) -> U64:
+    """Make all bits depend on all; changes `hashes`."""
+    hashes ^= hashes >> 32
+    hashes *= _ODD[_WINDOW]
+    return hashes
 
 
 # --- arrays ----------------------------------------------------------------------------
 
 
 def _sorted(keys: U32, values: U32) -> tuple[U32, U32]:
-    """Both by `keys`; the values of equal keys keep their order."""
-    order = np.argsort(keys, kind="stable")
-    return keys[order], values[order]
+    """Both by `keys`, and the values of equal keys ascending."""
+    both = keys.astype(np.uint64)
+    both <<= 32
+    both |= values
+    both.sort()
+    return (both >> 32).astype(np.uint32), both.astype(np.uint32)
+
+
+def _crowded(keys: U32) -> NDArray[np.bool_]:
+    """Which of the sorted `keys` stand there more than `COMMON` times."""
+    crowded = np.zeros(len(keys), np.bool_)
+    far = keys[COMMON:] == keys[:-COMMON]
+    for nth in range(COMMON + 1):
+        crowded[nth : nth + len(far)] |= far
+    return crowded
 
 
 def _span(keys: U32, wanted: U32) -> tuple[I64, I64]:
