@@ -13,7 +13,7 @@ from p2pgrid.dht.publish import publish_tree
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import ChunkCorrupt, Conflict, GridError, NotFound
 from tests.origin_server import files_of
-from tests.small_disks import KEY, SmallDisk, small_disk
+from tests.small_disks import KEY, SmallDisk, changed, chunk, small_delta, small_disk
 
 DISK = small_disk([1, 0, 2, 3, 1, *range(4, 40)], tail=1000)
 
@@ -87,6 +87,30 @@ def test_several_disks_share_a_folder_and_what_they_have_in_common(store, folder
     done = export_datum(store, other.datum, folder)
     assert there(folder) == files_of(DISK, other)
     assert done.written < done.bytes / 2
+
+
+def test_a_delta_brings_its_parent_along(store, folder):
+    plain = [chunk(1), changed(chunk(2), 7), chunk(3), chunk(50)]
+    delta = small_delta(DISK, plain)
+    hold(store, delta)
+    done = export_datum(store, delta.datum, folder)
+    parents = dict(list(files_of(DISK).items()))
+    for path, data in files_of(delta).items():
+        assert there(folder)[path] == data
+    assert there(folder)[f"/packs/{DISK.pack}"] == parents[f"/packs/{DISK.pack}"]
+    assert done.packs == 2
+    with Store(folder.parent / "fresh", min_free=0) as fresh:
+        while missing := fresh.missing_objects(delta.datum):
+            for cid in missing:
+                fresh.put_object((folder / "objects" / str(cid)).read_bytes())
+        for part in fresh.begin(delta.datum).parts:
+            data, at = (folder / "packs" / str(part.pack)).read_bytes(), 0
+            for index, length in enumerate(part.frames.lengths):
+                if length:
+                    part.put_frame(index, data[at : at + length])
+                at += length
+        assert fresh.complete(delta.datum)
+        assert fresh.begin(delta.datum).read(0, len(delta.plain)) == delta.plain
 
 
 def test_cancelled_it_leaves_whole_files_only(store, folder):
