@@ -1,0 +1,54 @@
+"""Rows become the right pictures, a bar is the median of its runs, and the same rows give the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.plot import _medians, pictures, plot
+
+
+def row(system: str, **facts: Any) -> dict[str, Any]:
+    found = {"bench": "swarm", "system": system, "disk": "v1.vdi", "bytes": 1_300_000_000, "workers": 1}
+    return found | {"last": 2.0, "cpu": 1.0, "received": 5e8, "rss_worker": 100} | facts
+
+
+ROWS = [
+    row("http", last=3.0),
+    row("http", last=9.0),
+    row("http", last=4.0),
+    row("p2pgrid", workers=8),
+    row("p2pgrid", workers=8, rate=200.0, to_file=0.4, copies=1.1),
+    row("rsync", bench="update", disk="v2.vdi"),
+    row("rsync", bench="update", disk="v2r.vdi", workers=8),
+    {"bench": "ratio", "system": "p2pgrid", "to": "http", "last": 0.5},
+]
+
+
+def test_cases_are_pictures_and_the_rest_is_left_out():
+    found = pictures(ROWS)
+    assert [picture.name for picture in found] == ["swarm-v1", "swarm-v1-rate200", "update"]
+    assert [bar for bar, _ in found[0].rows] == ["N = 1", "N = 1", "N = 1", "N = 8"]
+    assert [bar for bar, _ in found[2].rows] == ["v2, N = 1", "v2r, N = 8"]
+    assert "200 Mbit/s" in found[1].title
+
+
+def test_a_bar_is_the_median_of_the_runs_that_came_to_an_end():
+    failed = row("http", failed="it was slow")
+    del failed["last"]
+    (picture,) = pictures([*ROWS[:3], failed])
+    assert _medians(picture)["http", "N = 1"]["last"] == 4.0
+    (alone,) = pictures([failed])
+    assert "failed" in _medians(alone)["http", "N = 1"]
+
+
+def test_the_same_rows_give_the_same_file(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra `bench`")
+    skipped = {key: value for key, value in row("casync").items() if key not in ("last", "cpu")}
+    rows = [*ROWS, skipped | {"skipped": "casync not installed"}]
+    one, two = plot(rows, tmp_path / "one"), plot(rows, tmp_path / "two")
+    assert [path.name for path in one][:2] == ["swarm-v1.png", "swarm-v1.svg"]
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+    assert "skipped" in one[1].read_text()
