@@ -2,6 +2,7 @@
 
     packs/PACK/     frames (`shelf.py`); of a delta also
                parent      the full pack through which it is read here (`delta_shelf.py`)
+               likeness    what is looked up to make a delta on it, once one was made (`lineage.py`)
 
 A pack is needed by each datum that began it, and a full pack also by each delta here that is read
 through it: so a disk may be removed and what builds on it stays whole.
@@ -19,7 +20,7 @@ import secrets
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import attrs
@@ -42,6 +43,9 @@ from p2pgrid.dht.room import Room
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import BadObject, NotFound, Temporary
 from p2pgrid.ids import Cid
+
+BESIDE = ("likeness",)
+"""Files that may lie beside the frames of a pack, and can be made again."""
 
 
 @attrs.frozen
@@ -72,6 +76,8 @@ class Packs:
         self._shelves: dict[Cid, Shelf] = {}
         self._users: Counter[Cid] = Counter()
         """How many data and deltas need each pack."""
+        self._beside: Counter[Cid] = Counter()
+        """Bytes of what lies beside the frames of a pack, and can be made again."""
         self._parents: dict[Cid, Cid] = {}
         """Delta to the full pack through which it is read."""
 
@@ -210,6 +216,26 @@ class Packs:
             raise
         sync_folder(self._folder)
 
+    def keep_beside(self, shelf: Shelf, name: str, save: Callable[[Path], None]) -> None:
+        """Have `save` write file `name` into a pack's folder, counted and gone with it.  `NoSpace`."""
+        with self.staging() as fresh:
+            save(fresh / name)
+            size = (fresh / name).stat().st_size
+            with self._lock:
+                if self._shelves.get(shelf.pack) is not shelf:
+                    raise NotFound(what=f"pack {shelf.pack}")
+                self._room.check(size, size)
+                os.rename(fresh / name, self._at(shelf.pack) / name)
+                self._count_beside(shelf.pack)
+
+    def _count_beside(self, pack: Cid) -> None:
+        size = 0
+        for name in BESIDE:
+            with contextlib.suppress(FileNotFoundError):
+                size += (self._at(pack) / name).stat().st_size
+        self._room.count(size - self._beside[pack])
+        self._beside[pack] = size
+
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
         """A fresh folder on the store's file system; gone afterwards unless it was installed."""
@@ -243,6 +269,7 @@ class Packs:
         del self._users[pack]
         shelf = self._shelves.pop(pack, None)
         self._room.forget_pack(pack)
+        self._room.count(-self._beside.pop(pack, 0))
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._at(pack), doomed[0])
         if shelf is not None:
@@ -267,6 +294,7 @@ class Packs:
             with contextlib.suppress(FileNotFoundError):
                 frames = folder / "frames"
                 self._room.count_pack(packs[folder.name], frames, frames.stat().st_size)
+            self._count_beside(packs[folder.name])
 
     def _at(self, pack: Cid) -> Path:
         return self._folder / str(pack)

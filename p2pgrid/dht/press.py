@@ -24,7 +24,7 @@ import os
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +63,8 @@ Progress = Callable[[int, int], None]
 Read = Callable[[int, memoryview], None]
 """(offset, view): fill the view with the bytes of the space from `offset` on.  Called in any thread."""
 Squeeze = Callable[[int, bytearray], bytes]
-"""(position, plain bytes): the chunk's frame, "" where the pack needs none.  Called in any thread, out
-of order; the plain bytes are good until it returns."""
+"""(position, plain bytes): the chunk's frame.  Called in any thread, out of order; the plain bytes are
+good until it returns."""
 Seal = Callable[[Cid, Sequence[int], Sequence[bytes]], Cid]
 """(content, lengths, digests of the frames by index): put the objects that list the frames."""
 
@@ -77,6 +77,8 @@ class Coding:
     known: Sequence[Shelf]
     """Packs here whose frames may be taken as they are."""
     seal: Seal
+    taken: Container[bytes] = frozenset()
+    """Names of chunks that need no frame: theirs is empty."""
 
 
 def full_coding(store: Store, key: SigningKey) -> Coding:
@@ -90,7 +92,8 @@ def full_coding(store: Store, key: SigningKey) -> Coding:
             lists.append(store.put_object(encode_frames(lengths[span], digests[span])))
         return store.put_object(signed(Pack(content, len(lengths), tuple(lists), b""), key).encode())
 
-    known = [shelf for shelf in store.shelves() if shelf.count and shelf.signer == me]
+    full = (shelf for shelf in store.shelves() if shelf.parent is None)
+    known = [shelf for shelf in full if shelf.count and shelf.signer == me]
     return Coding(lambda position, plain: compress(plain), known, seal)
 
 
@@ -160,6 +163,9 @@ class _Fresh(NamedTuple):
     digest: bytes
 
 
+_EMPTY = _Fresh(b"", digest(b""))
+
+
 class _Piece(NamedTuple):
     """What a thread found at a position: a hole, a chunk that was met before, or one with its frame."""
 
@@ -176,6 +182,7 @@ class _Bench:
         self._size = size
         self._read = read
         self._squeeze = coding.squeeze
+        self._taken = coding.taken
         self._indexed = indexed
         """Names that were written: the caller's thread adds them."""
         self._claims: dict[bytes, int] = {}
@@ -205,6 +212,8 @@ class _Bench:
         name = digest(plain)
         if name in self._indexed or not self._claim(name, position):
             return _Piece(position, length, name, None)
+        if name in self._taken:
+            return _Piece(position, length, name, _EMPTY)
         old = self._old(name)
         if old is not None:
             return _Piece(position, length, name, old)

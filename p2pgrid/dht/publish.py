@@ -6,6 +6,7 @@ killed leaves nothing.  The same bytes under the same key give the same datum.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import stat
@@ -20,6 +21,7 @@ from nacl.signing import SigningKey
 from p2pgrid.dht.chunker import positions
 from p2pgrid.dht.files import explained
 from p2pgrid.dht.image import Image, open_image
+from p2pgrid.dht.lineage import NotLike, Parent, as_parent, delta_coding, find_parent
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     OBJECT_MAX,
@@ -33,10 +35,10 @@ from p2pgrid.dht.manifest import (
     signed,
 )
 from p2pgrid.dht.objects import recipe_pages_max
-from p2pgrid.dht.press import Pressed, Progress, full_coding, press
+from p2pgrid.dht.press import Coding, Pressed, Progress, full_coding, press
 from p2pgrid.dht.skip_free import SkipFree
 from p2pgrid.dht.store import Store
-from p2pgrid.errors import Misused, Temporary
+from p2pgrid.errors import Misused, NotFound, Temporary
 from p2pgrid.ids import Cid
 
 FILES_MAX = 100_000
@@ -66,6 +68,17 @@ class Published:
     seconds: float
     freed: int = 0
     """Bytes of blocks that the guest had freed and that were left out."""
+    parent: Cid | None = None
+    """The content that it is told by; None where it is told in full."""
+    delta_bytes: int = 0
+    """What a node that has the parent fetches."""
+
+
+class Auto:
+    """The parent is to be found: whatever is here that resembles the new disk most."""
+
+
+AUTO = Auto()
 
 
 def publish_disk(
@@ -75,8 +88,12 @@ def publish_disk(
     progress: Progress | None = None,
     *,
     skip_free: bool = False,
+    parent: Cid | Auto | None = AUTO,
 ) -> Published:
     """Put the disk image at `path`, signed with `key`.
+
+    `parent` is the content to tell it by, of which a full pack is complete here (`NotFound`); where
+    that takes more than half of what a full pack takes, it is told in full all the same.
 
     `skip_free` leaves out what the guest's ext4 file systems have freed: those blocks read as
     zeros, and the container file itself is not kept.
@@ -88,11 +105,10 @@ def publish_disk(
     file = open_image(path)
     try:
         image: Image = SkipFree(file, progress) if skip_free else file
-        with store.staging() as staged, store.staging() as aside:
+        with contextlib.ExitStack() as stack:
+            aside = stack.enter_context(store.staging())
             count = _write_pages(store, image, aside)  # first: what cannot travel is not pressed
-            places = positions(image.size, image.extents())
-            coding = full_coding(store, key)
-            pressed = press(store, image.size, places, image.read_into, coding, staged, progress)
+            pressed, upon = _press_disk(store, image, key, progress, parent, stack)
             image.check_unchanged()
             pages = tuple(store.put_object((aside / str(n)).read_bytes()) for n in range(count))
             recipe = Recipe(image.format, image.exact, image.file_size, pages, image.freed)
@@ -100,9 +116,56 @@ def publish_disk(
             disk = signed(Disk(pressed.content, pressed.pack, about, b""), key)
             datum = store.put_object(disk.encode())
             store.adopt(datum, pressed.staged)
-        return _published(datum, pressed, image.size, began, image.freed)
+        published = _published(datum, pressed, image.size, began, image.freed)
     finally:
         file.close()
+    if upon is None:
+        return published
+    both = pressed.wire_bytes + upon.shelf.size
+    return attrs.evolve(
+        published, wire_bytes=both, parent=upon.shelf.layout.cid, delta_bytes=pressed.wire_bytes
+    )
+
+
+def _press_disk(
+    store: Store,
+    image: Image,
+    key: SigningKey,
+    progress: Progress | None,
+    wanted: Cid | Auto | None,
+    stack: contextlib.ExitStack,
+) -> tuple[Pressed, Parent | None]:
+    """The disk's pack or delta, in a folder that lasts as long as `stack`; and what it is told by."""
+
+    def pressed(coding: Coding) -> Pressed:
+        staged = stack.enter_context(store.staging())
+        places = positions(image.size, image.extents())
+        return press(store, image.size, places, image.read_into, coding, staged, progress)
+
+    upon = _parent(store, image, progress, wanted)
+    if upon is not None:
+        with contextlib.suppress(NotLike):
+            done = pressed(delta_coding(store, key, upon))
+            if done.pack == upon.shelf.pack:
+                return attrs.evolve(done, wire_bytes=upon.shelf.size), None
+            if upon.worth(done):
+                return done, upon
+    return pressed(full_coding(store, key)), None
+
+
+def _parent(
+    store: Store, image: Image, progress: Progress | None, wanted: Cid | Auto | None
+) -> Parent | None:
+    if isinstance(wanted, Auto):
+        places = list(positions(image.size, image.extents()))
+        return find_parent(store, image.size, places, image.read_into, progress)
+    if wanted is None:
+        return None
+    shelf = store.full(wanted)
+    found = as_parent(store, shelf, progress) if shelf is not None else None
+    if found is None:
+        raise NotFound(what=f"all chunks of content {wanted} here, in a full pack")
+    return found
 
 
 def _write_pages(store: Store, image: Image, aside: Path) -> int:

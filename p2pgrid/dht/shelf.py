@@ -53,7 +53,8 @@ class Shelf:
         """Chunks that are the parent's, under the same name: they have no frame."""
         self.local_bytes = 0
         """Bytes of frames copied from other packs of this store instead of being fetched."""
-        self._folder = folder
+        self.folder = self._folder = folder
+        """Where it lies; gone once its pack is needed no more."""
         self._writing = Kept(folder / "frames", os.O_WRONLY)
         self._reading = Kept(folder / "frames", os.O_RDONLY)
         self._offsets = frames.offsets()

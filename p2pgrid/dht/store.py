@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -222,6 +223,10 @@ class Store:
     def used(self) -> int:
         """Bytes that count for the quota: all packs, begun ones in full, and all objects."""
         return self._room.used
+
+    def keep_beside(self, shelf: Shelf, name: str, save: Callable[[Path], None]) -> None:
+        """Have `save` write file `name` into a pack's folder, counted and gone with it.  `NoSpace`."""
+        self._packs.keep_beside(shelf, name, save)
 
     def check_room(self, wanted: int, written: int = 0) -> None:
         """Raise `NoSpace` unless a pack of `wanted` bytes may be begun, `written` of them in `staging`."""
