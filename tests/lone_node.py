@@ -6,7 +6,7 @@ The store, the results and the trees are real; nothing listens, and no daemon ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,14 @@ class Peers:
     most: int | None = None
     """The bound of the last fetch."""
 
-    async def fetch(self, datum: Cid, peers: Iterable[PeerId], progress: Any, most: int | None) -> Fetched:
+    async def fetch(
+        self,
+        datum: Cid,
+        peers: Iterable[PeerId],
+        progress: Any,
+        most: int | None,
+        origins: Sequence[str] = (),
+    ) -> Fetched:
         self.asked.append(datum)
         self.most = most
         if self.bring is None:

@@ -26,6 +26,7 @@ from p2pgrid.errors import BadObject, ChunkCorrupt, GridError, Misused, NotFound
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.node.node import OWN, STALL_PATIENCE, Node, Running
 from p2pgrid.node.room import INPUTS_MAX, check_fits, check_inputs, reservation
+from p2pgrid.node.speed import FetchNote
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Outcome, ResultTree
 from p2pgrid.transfer.exchange import Progress
@@ -105,8 +106,10 @@ async def _gather(node: Node, grant: m.Grant, lease: Running) -> Counter[PeerId]
             continue
         what = "disk" if wanted is grant.disk else "inputs"
 
-        def watch(p: Progress, what: str = what) -> None:
-            lease.note = f"fetching the {what}: {10 * (10 * p.bytes_done // max(1, p.bytes_total))} %"
+        note = FetchNote(f"fetching the {what}")
+
+        def watch(p: Progress, note: FetchNote = note) -> None:
+            lease.note = note.of(p, trio.current_time())
 
         most = None if wanted is grant.disk else INPUTS_MAX
         fetched = await node.fetch(wanted.datum, wanted.peers, watch, STALL_PATIENCE, most)

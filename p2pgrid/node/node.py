@@ -134,10 +134,11 @@ class Node:
         names = [PeerId(p.peer) for p in peers]
         with trio.CancelScope() as scope:
             scope.deadline = trio.current_time() + patience
-            seen = -1
+            seen, stall = -1, ""
 
             def notice(progress: Progress) -> None:
-                nonlocal seen
+                nonlocal seen, stall
+                stall = progress.stall
                 if progress.bytes_done != seen:
                     seen = progress.bytes_done
                     scope.deadline = trio.current_time() + patience
@@ -146,7 +147,8 @@ class Node:
 
             fetched = await self.exchange.fetch(Cid.parse(datum), names, notice, most, origins)
         if scope.cancelled_caught:
-            raise Temporary(why=f"no peer sent a byte of {datum} for {patience:.0f} s")
+            why = f": {stall}" if stall else ""
+            raise Temporary(why=f"nothing came of {datum} for {patience:.0f} s{why}")
         self.received.update(fetched.bytes_by_peer)
         self.announce(datum)
         return fetched

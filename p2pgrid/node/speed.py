@@ -10,13 +10,20 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from p2pgrid.transfer.progress import Progress
 
 WINDOW = 15.0
 FIRST = 2.0
 """Seconds before anything is said."""
 SAMPLE = 0.5
 """Seconds between two samples."""
+NOTE_PERIOD = 5.0
+"""Seconds between two notes to the coordinator."""
+NOTE_MAX = 200
+"""Characters of a note."""
 SMOOTH = 5.0
 """Seconds in which the end moves most of the way."""
 
@@ -102,6 +109,35 @@ def facts(news: Mapping[str, Any]) -> str:
     if news.get("stall"):
         words.append(f"stalled for {duration(news['stalled_for'])}: {news['stall']}")
     return ", ".join(words)
+
+
+class FetchNote:
+    """How a fetch goes, for people far away: changed seldom, since each change is a message."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._speed = Speed()
+        self._said = what
+        self._due = -math.inf
+        self._stalled = False
+
+    def of(self, progress: Progress, now: float) -> str:
+        """The note, at this time."""
+        rest = progress.bytes_total - progress.bytes_done
+        if progress.bytes_total:
+            self._speed.note(now, progress.from_peers + progress.from_origins, rest)
+        stalled = bool(progress.stall)
+        if now >= self._due or stalled != self._stalled or not rest:
+            self._due, self._stalled = now + NOTE_PERIOD, stalled
+            words = [f"{100 * progress.bytes_done // max(1, progress.bytes_total)} %"]
+            if progress.bytes_total:
+                words[0] += f" of {size(progress.bytes_total)}"
+            if stalled:
+                words.append(f"stalled: {progress.stall}")
+            elif self._speed.left is not None and rest:
+                words += [f"{size(self._speed.rate)}/s", f"{duration(self._speed.left)} left"]
+            self._said = f"{self._what}: {', '.join(words)}"[:NOTE_MAX]
+        return self._said
 
 
 def _sources(sources: Mapping[str, Any]) -> str:

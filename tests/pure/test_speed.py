@@ -6,9 +6,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from p2pgrid.ids import PeerId
 from p2pgrid.node import console
 from p2pgrid.node.console import Bars
-from p2pgrid.node.speed import FIRST, WINDOW, Speed, duration, facts
+from p2pgrid.node.speed import FIRST, NOTE_PERIOD, WINDOW, FetchNote, Speed, duration, facts
+from p2pgrid.transfer.progress import Progress
 
 STEP = 0.25
 
@@ -161,3 +163,21 @@ def test_what_is_not_known_yet_is_no_hundred_percent(capsys):
     with Bars() as bars:
         bars.event(event(done=0, total=0))
     assert capsys.readouterr().err == "fetching: 0 %\n"
+
+
+def test_a_note_for_people_far_away_changes_seldom_but_when_it_stalls():
+    note, notes = FetchNote("fetching the disk"), []
+    for step in range(4 * 40):
+        now, done = step / 4, min(step, 80) * 1000
+        progress = Progress(done, 160_000, {PeerId("a"): done}, 0, 0, 0.0, 1, 9, 0, max(0.0, now - 20),
+                            chunks=9, silent=1)  # fmt: skip
+        said = note.of(progress, now)
+        if not notes or notes[-1][1] != said:
+            notes.append((now, said))
+    assert len(notes) <= 40 / NOTE_PERIOD + 2
+    assert notes[0][1] == "fetching the disk: 0 % of 156.2 KiB"
+    assert notes[3][1] == "fetching the disk: 37 % of 156.2 KiB, 3.9 KiB/s, 25 s left"
+    named = next(at for at, text in notes if "stalled: 1 peer connected, none answers" in text)
+    assert 20 < named <= 30
+    done = Progress(160_000, 160_000, {}, 0, 0, 0.0, 1, 0, 0, 0.0, {"h" * 300: "x"}, chunks=9)
+    assert note.of(done, 41.0) == "fetching the disk: 100 % of 156.2 KiB"
