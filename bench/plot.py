@@ -5,6 +5,7 @@
 Rows of the same case and system are one bar, the median of them; a system that was skipped or
 failed keeps its line, and says so.  What the figures mean: `bench/scenario.py`.
 
+    tables.md              the same figures as tables
     swarm-DISK[-rateR…]    time to the last, CPU, bytes, memory; shaped: time to a whole copy's, copies sent
     update[-rateR…]        bytes each worker received, time, CPU: a bar for each new disk and N
 """
@@ -179,6 +180,42 @@ def _natural(bar: str) -> tuple[str, int]:
     return name, int(count)
 
 
+COLUMNS = (  # key, title, decimals, what one unit is
+    ("publish", "publish s", 1, 1),
+    ("last", "last s", 1, 1),
+    ("cpu", "CPU s/GiB", 2, 1),
+    ("received", "MB received", 1, 1e6),
+    ("sent_origin", "MB origin sent", 1, 1e6),
+    ("copies", "copies", 2, 1),
+    ("rss_worker", "worker's peak MiB", 0, 1),
+    ("to_file", "÷ file", 2, 1),
+    ("to_wire", "÷ copy", 2, 1),
+    ("load", "load", 0, 1),
+)
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """The same figures as a page of Markdown."""
+    page = ["# Tables\n\nWritten by `python -m bench.plot`; what they mean: [figures](../figures.md).\n"]
+    for picture in pictures(rows):
+        columns = [c for c in COLUMNS if any(c[0] in row for _, row in picture.rows)]
+        page += [f"\n## {picture.title}\n", f"![]({picture.name}.svg)\n"]
+        page.append("| | |" + "".join(f" {title} |" for _, title, _, _ in columns))
+        page.append("|---|---|" + "---|" * len(columns))
+        for bar, row in picture.rows:
+            cells = [
+                f"{row[key] / unit:.{decimals}f}" if key in row else "" for key, _, decimals, unit in columns
+            ]
+            why = row.get("skipped") or row.get("failed")
+            cells = [f"{'skipped' if 'skipped' in row else 'failed'}: {_first(why)}"] if why else cells
+            page.append(f"| {row['system']} | {bar} | " + " | ".join(cells) + " |")
+    return "\n".join(page) + "\n"
+
+
+def _first(text: str) -> str:
+    return text.splitlines()[0].replace("|", "/") if text else ""
+
+
 def read(files: Iterable[Path]) -> list[Row]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
 
@@ -190,8 +227,10 @@ def main() -> None:
     )
     arguments.add_argument("--to", type=Path, default=FIGURES, help="folder of the pictures")
     given = arguments.parse_args()
-    for out in plot(read(given.files or sorted(FIGURES.glob("*.jsonl"))), given.to):
+    rows = read(given.files or sorted(FIGURES.glob("*.jsonl")))
+    for out in plot(rows, given.to):
         print(out)
+    (given.to / "tables.md").write_text(tables(rows))
 
 
 if __name__ == "__main__":
