@@ -31,8 +31,6 @@ BLOCK = 4096
 REFS_MAX = 256
 DICT_MAX = 1 << 20
 """Bytes that all refs of a frame name together."""
-DELTA_MAX = FRAME_MAX + 3 + 6 * REFS_MAX
-"""Bytes of a delta frame."""
 LEVEL = 6
 COPY = bytes.fromhex("28b52ffda000000400 540000000100fdff0300e40808 550000000100fdff0300e40808")
 """The zstd frame that is its dictionary of `CHUNK_SIZE` bytes: in each of its two blocks of 128 KiB, 131072
@@ -89,7 +87,7 @@ def delta_refs(frame: bytes | memoryview, size: int) -> tuple[list[Range], memor
     Raises `BadFrame` for anything outside of the parent or beyond the bounds.
     """
     view = memoryview(frame)
-    if not _HEAD.size <= len(view) <= DELTA_MAX:
+    if not _HEAD.size <= len(view) <= FRAME_MAX:
         raise BadFrame(why=f"{len(view)} bytes are no delta frame")
     version, count = _HEAD.unpack_from(view)
     if version != _VERSION:

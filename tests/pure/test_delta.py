@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from p2pgrid.dht.delta import (
     BLOCK,
     COPY,
-    DELTA_MAX,
     DICT_MAX,
     REFS_MAX,
     delta_refs,
@@ -85,7 +84,7 @@ def test_what_the_parent_has_costs_next_to_nothing():
 def test_what_the_parent_does_not_have_costs_three_bytes():
     noise = random.Random(2).randbytes(CHUNK_SIZE)
     assert told(noise, []) == told(noise, RANGES) == b"\1\0\0" + compress(noise)
-    assert CHUNK_SIZE < len(told(noise, RANGES)) <= FRAME_MAX + 3 < DELTA_MAX
+    assert CHUNK_SIZE < len(told(noise, RANGES)) <= FRAME_MAX
     assert told(chunk(1), []) == b"\1\0\0" + compress(chunk(1))
 
 
@@ -135,7 +134,7 @@ REFUSED = {
     "a dictionary of one block too many": refs((0, 200), (0, DICT_MAX // BLOCK - 199)),
     "one ref too many": refs(*[(0, 1)] * (REFS_MAX + 1)),
     "as many refs as can be told": refs(*[(0, 1)] * 65535),
-    "a byte too long": b"\1\0\0" + bytes(DELTA_MAX - 2),
+    "a byte too long": b"\1\0\0" + bytes(FRAME_MAX - 2),
     "no frame": refs((0, 1), rest=b""),
     "not a zstd frame": refs((0, 1), rest=PLAIN[:100]),
     "two frames": refs((0, 1), rest=compress(PLAIN) * 2),

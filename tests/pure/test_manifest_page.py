@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
+from p2pgrid.dht.delta import DICT_MAX, delta_refs, encode_delta, expand_delta, gather
 from p2pgrid.dht.frame import expand
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
@@ -35,7 +36,7 @@ from p2pgrid.dht.manifest import (
     signed,
     verified,
 )
-from p2pgrid.errors import BadObject
+from p2pgrid.errors import BadFrame, BadObject
 from p2pgrid.ids import Cid, digest, object_cid
 
 PAGE = (Path(__file__).parents[2] / "docs/protocols/manifest.md").read_text()
@@ -127,6 +128,49 @@ def test_the_frames_on_the_page_are_the_chunks():
         assert frame_digest == digest(frame).hex()
 
 
+NUMBERS = b"".join(b"%d\n" % n for n in range(100_000))
+"""The parent of the delta frames on the page."""
+
+
+def spelled(words: str) -> bytes:
+    """`parent N M`, or hex."""
+    if words.startswith("parent "):
+        first, length = map(int, words.split()[1:])
+        return NUMBERS[first : first + length]
+    return bytes.fromhex(words)
+
+
+def gathered(ranges: list[tuple[int, int]]) -> bytes:
+    return gather(ranges, len(NUMBERS), lambda offset, length: NUMBERS[offset : offset + length])
+
+
+def expanded(frame: bytes) -> bytes:
+    ranges, body = delta_refs(frame, len(NUMBERS))
+    return expand_delta(body, gathered(ranges), CHUNK_SIZE)
+
+
+def test_the_delta_frames_on_the_page_are_what_it_says():
+    frames = [
+        (b"".join(map(spelled, plain.removeprefix("plain ").split(", "))), bytes.fromhex("".join(rest)))
+        for plain, *rest in blocks("delta")
+    ]
+    assert len(frames) == 3
+    for plain, frame in frames:
+        assert expanded(frame) == plain
+    plain, copied = frames[1]
+    ranges, _ = delta_refs(copied, len(NUMBERS))
+    assert encode_delta(plain, ranges, gathered(ranges)) == copied
+
+
+REFUSED_DELTAS = [line.split("  ", 1) for lines in blocks("refused-delta") for line in lines]
+
+
+@pytest.mark.parametrize(("data", "why"), REFUSED_DELTAS, ids=[why for _, why in REFUSED_DELTAS])
+def test_what_the_page_refuses_is_no_frame_of_a_delta(data, why):
+    with pytest.raises(BadFrame):
+        expanded(bytes.fromhex(data))
+
+
 REFUSED = [line.split("  ", 1) for (lines) in blocks("refused") for line in lines]
 
 
@@ -140,6 +184,6 @@ def test_what_the_page_refuses_is_refused(data, why):
         Content.decode(bytes.fromhex(data))
 
 
-@pytest.mark.parametrize("bound", [CHUNK_SIZE, PAGE_SPAN, OBJECT_MAX, FRAME_MAX, LITERAL_MAX])
+@pytest.mark.parametrize("bound", [CHUNK_SIZE, PAGE_SPAN, OBJECT_MAX, FRAME_MAX, LITERAL_MAX, DICT_MAX])
 def test_the_bounds_on_the_page_are_ours(bound):
     assert str(bound) in PAGE.replace(",", "")
