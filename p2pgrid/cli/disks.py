@@ -40,6 +40,10 @@ def put(
     skip_free: Annotated[
         bool, Parameter(negative="", help="Leave out what the guest's ext4 file systems have freed.")
     ] = False,
+    parent: Annotated[
+        str,
+        Parameter(help="The DISK that this one is told by: auto, whichever here resembles it most, or none."),
+    ] = "auto",
     data_dir: Home = None,
     as_json: Json = False,
 ) -> int:
@@ -48,7 +52,7 @@ def put(
     launch.ensure(home)
     where = str(export.absolute()) if export else None
     wishes = {"name": name, "replica": replica, "wait": wait, "export": where, "skip_free": skip_free}
-    done = watched(home, "put", as_json, path=str(path.absolute()), **wishes)
+    done = watched(home, "put", as_json, path=str(path.absolute()), parent=parent, **wishes)
     emit(done, as_json, show.put)
     return 0
 

@@ -12,8 +12,17 @@ from typing import Any
 import trio
 
 from p2pgrid.dht.export import Exported, export_datum
-from p2pgrid.dht.manifest import CHUNK_SIZE, Content, Disk, Recipe, read_layout
-from p2pgrid.dht.publish import Published, publish_disk
+from p2pgrid.dht.manifest import (
+    CHUNK_SIZE,
+    Content,
+    Delta,
+    Disk,
+    Recipe,
+    decode_pack,
+    read_frames,
+    read_layout,
+)
+from p2pgrid.dht.publish import AUTO, Auto, Published, publish_disk
 from p2pgrid.dht.restore import restore_disk
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import Conflict, GridError, NotAuthorised, NotFound, Refused
@@ -112,10 +121,12 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
     path = Path(args["path"])
     before = {str(h.datum) for h in await trio.to_thread.run_sync(node.store.held)}
 
+    parent = await _parent(node, args.get("parent") or "auto", tell)
+
     async def publish() -> Published:
         ticker = Ticker(tell, "cutting")
         key, skip = node.identity.signing_key, bool(args.get("skip_free"))
-        work = functools.partial(publish_disk, node.store, path, key, ticker, skip_free=skip)
+        work = functools.partial(publish_disk, node.store, path, key, ticker, skip_free=skip, parent=parent)
         published: Published = await ticker.run(work)
         return published
 
@@ -156,6 +167,8 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
         "holes": done.holes,
         "unique_bytes": done.unique_bytes,
         "wire_bytes": done.wire_bytes,
+        "parent": str(done.parent) if done.parent else None,
+        "delta_bytes": done.delta_bytes,
         "format": recipe.format,
         "exact": recipe.exact,
         "freed": recipe.freed,
@@ -180,6 +193,18 @@ async def _export(node: Node, cid: Cid, out: str, tell: Tell) -> dict[str, Any]:
         "export_bytes": done.bytes,
         "export_written": done.written,
     }
+
+
+async def _parent(node: Node, which: str, tell: Tell) -> Cid | Auto | None:
+    """The content to tell a new disk by; a disk that is told by another itself stands for that one."""
+    match which:
+        case "auto":
+            return AUTO
+        case "none":
+            return None
+        case _:
+            shelf, _ = await _here(node, which, tell)
+            return shelf.parts[0].layout.cid
 
 
 async def _until_placed(node: Node, record: m.DatumRecord, tell: Tell) -> None:
@@ -276,11 +301,21 @@ async def show(node: Node, args: Args, tell: Tell) -> Any:
         "chunk_size": content.chunk_size,
         "chunks": content.positions - layout.holes,
         "holes": layout.holes,
-        "frames": len(layout.frames),
+        "frames": here.chunks_total if here else len(layout.frames),
         "held": here.chunks if here else 0,
+        **await trio.to_thread.run_sync(_lineage, node, disk),
         "wire_bytes": view.record.wire_bytes,
         "holders": [{"peer": p, "name": names.get(p, "")} for p in view.owners],
     }
+
+
+def _lineage(node: Node, disk: Disk) -> dict[str, Any]:
+    """What the disk is told by, and the bytes that takes."""
+    delta = decode_pack(node.store.get_object(disk.pack))
+    if not isinstance(delta, Delta):
+        return {"parent": None, "delta_bytes": 0}
+    frames = read_frames(delta, node.store.get_object)
+    return {"parent": str(delta.parent), "delta_bytes": sum(frames.lengths)}
 
 
 def _brief(view: m.DatumView) -> dict[str, Any]:
@@ -299,6 +334,8 @@ def _brief(view: m.DatumView) -> dict[str, Any]:
         "holes": None,
         "frames": None,
         "held": 0,
+        "parent": None,
+        "delta_bytes": 0,
         "wire_bytes": record.wire_bytes,
         "holders": [{"peer": p, "name": ""} for p in view.owners],
     }
@@ -309,8 +346,10 @@ async def verify(node: Node, args: Args, tell: Tell) -> Any:
     rows: list[dict[str, Any]] = []
     for cid, name in await _held(node, args["disk"]):
         shelf = await trio.to_thread.run_sync(node.store.begin, cid)
-        ticker = Ticker(tell, f"verifying {name}")
-        bad: list[int] = await ticker.run(functools.partial(shelf.verify, ticker))
+        bad: list[tuple[Shelf, int]] = []
+        for part in shelf.parts:
+            ticker = Ticker(tell, f"verifying {name}")
+            bad += [(part, i) for i in await ticker.run(functools.partial(part.verify, ticker))]
         if bad and args.get("repair", True):
             await tell({"phase": "repairing", "done": 0, "total": len(bad)})
             with trio.move_on_after(REPAIR_PATIENCE):
@@ -319,9 +358,9 @@ async def verify(node: Node, args: Args, tell: Tell) -> Any:
         rows.append({
             "datum": str(cid),
             "name": name,
-            "checked": shelf.count + sum(not shelf.holds(i) for i in bad),
+            "checked": sum(p.count - p.taken for p in shelf.parts) + sum(not p.holds(i) for p, i in bad),
             "bad": len(bad),
-            "repaired": sum(shelf.holds(i) for i in bad),
+            "repaired": sum(part.holds(i) for part, i in bad),
         })  # fmt: skip
     totals = {key: sum(row[key] for row in rows) for key in ("checked", "bad", "repaired")}
     return {**totals, "data": rows}

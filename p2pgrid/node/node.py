@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from p2pgrid.dht.manifest import Tree, decode_datum
+from p2pgrid.dht.manifest import Delta, Tree, decode_datum, decode_pack
 from p2pgrid.dht.store import MIN_FREE, Store
 from p2pgrid.errors import GridError, NotFound, Temporary
 from p2pgrid.ids import Cid, PeerId
@@ -190,7 +190,11 @@ class Node:
         is_result = isinstance(about, Tree) and any(f.path.startswith(OWN + "/") for f in about.files)
         if is_result and about.signer != bytes(self.identity.signing_key.verify_key):
             return ()
-        return (datum,) if about.content is None else (datum, about.content)
+        if about.content is None or about.pack is None:
+            return (datum,)
+        pack = decode_pack(self.store.get_object(about.pack))
+        # Who builds on the same parent finds it here, though its own datum may be gone.
+        return (datum, about.content, *((pack.parent,) if isinstance(pack, Delta) else ()))
 
     async def _withdraw(self, keys: Iterable[Cid]) -> None:
         """Announce `keys` no more, but for those that other data here share."""

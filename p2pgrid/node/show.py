@@ -25,9 +25,14 @@ def put(v: Answer) -> str:
         f"{v['name']}  {v['disk']}\n"
         f"{size(v['size'])} in {v['chunks']} chunks and {v['holes']} holes, "
         f"{size(v['unique_bytes'])} of data, "
-        f"{size(v['wire_bytes'])} on the wire; {v['seconds']:.1f} s{note}"
+        f"{size(v['wire_bytes'])} on the wire{_update(v)}; {v['seconds']:.1f} s{note}"
         + (f"\n{exported(v)}" if "export" in v else "")
     )
+
+
+def _update(v: Answer) -> str:
+    """What it costs who has the disk that it is told by."""
+    return f", {size(v['delta_bytes'])} for who has {v['parent'][:20]}…" if v["parent"] else ""
 
 
 def get(v: Answer) -> str:
@@ -69,6 +74,7 @@ def disk(v: Answer) -> str:
             if v["freed"]
             else []
         ),
+        *([f"parent   {v['parent']}: who has it fetches {size(v['delta_bytes'])}"] if v["parent"] else []),
         *(
             [
                 f"chunks   {v['chunks']} of {size(v['chunk_size'])}, {v['holes']} more are holes",

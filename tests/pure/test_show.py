@@ -55,11 +55,15 @@ def test_a_disk_put_says_whether_the_same_bytes_come_back():
     put = {
         "disk": CID, "name": "debian", "size": 1 << 30, "chunks": 3, "holes": 4093, "unique_bytes": 786432,
         "wire_bytes": 1000, "format": "qcow2", "exact": True, "freed": 0, "seconds": 0.5,
+        "parent": None, "delta_bytes": 0,
     }  # fmt: skip
     assert show.put(put).startswith(f"debian  {CID}\n1.0 GiB in 3 chunks and 4093 holes")
     assert "fresh qcow2" in show.put(put | {"exact": False})
     assert "4.0 KiB that the guest has freed stay behind" in show.put(put | {"exact": False, "freed": 4096})
     assert "fresh qcow2" not in show.put(put)
+    assert "on the wire; 0.5 s" in show.put(put)
+    upon = put | {"parent": CID, "delta_bytes": 4096}
+    assert f"1000 B on the wire, 4.0 KiB for who has {CID[:20]}…; 0.5 s" in show.put(upon)
     got = {"path": "x", "bytes": 1, "format": "raw", "exact": True}
     assert "byte-identical" in show.get(got)
     assert "fresh raw" in show.get(got | {"exact": False})
@@ -69,8 +73,11 @@ def test_a_disk_shows_who_holds_it_and_how_much_is_here():
     view = {
         "disk": CID, "content": CID, "name": "d", "size": 4096, "format": "raw", "exact": True,
         "freed": 0, "chunk_size": 262144, "chunks": 2, "holes": 1, "frames": 2, "held": 1, "wire_bytes": 10,
-        "holders": [{"peer": "12D3", "name": "ann"}],
+        "holders": [{"peer": "12D3", "name": "ann"}], "parent": None, "delta_bytes": 0,
     }  # fmt: skip
+    assert "parent" not in show.disk(view)
+    upon = view | {"parent": CID, "delta_bytes": 4096}
+    assert f"parent   {CID}: who has it fetches 4.0 KiB" in show.disk(upon)
     assert "held     1 of 2 here" in show.disk(view)
     assert "holder   ann  12D3" in show.disk(view)
     assert "nothing here" in show.disk(view | {"chunks": None})

@@ -8,10 +8,12 @@ import trio
 import trio.testing
 from nacl.signing import SigningKey
 
+from p2pgrid.dht.manifest import Disk
 from p2pgrid.dht.publish import publish_disk, publish_tree
 from p2pgrid.ids import Cid
 from p2pgrid.node.node import OWN
 from tests.lone_node import Lone, open_lone
+from tests.small_disks import changed, chunk, small_delta, small_disk
 
 
 def records(lone: Lone) -> set[Cid]:
@@ -74,4 +76,27 @@ async def test_a_result_is_announced_by_who_made_it_and_by_nobody_else(tmp_path)
             lone.node.announce(str(datum))
         await all_told(lone)
         assert records(lone) == {mine.datum, mine.content}
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_a_disk_builds_on_is_announced_with_it(tmp_path):
+    """The parent's own datum may be dropped: its chunks are still here, and others need them, too."""
+    old = small_disk([1, 2, 3])
+    new = small_delta(old, [changed(chunk(1), 1), chunk(2), chunk(3)])
+    async with open_lone(tmp_path / "home") as lone, trio.open_nursery() as nursery:
+        nursery.start_soon(lone.node.keep_announcing)
+        for disk in (old, new):
+            disk.put_objects(lone.node.store)
+            shelf = lone.node.store.begin(disk.datum)
+            for index, frame in enumerate(disk.frames):
+                if frame:
+                    shelf.put_frame(index, frame)
+            lone.node.announce(str(disk.datum))
+        contents = {Disk.decode(disk.objects[-1]).content for disk in (old, new)}
+        await all_told(lone)
+        assert records(lone) == {old.datum, new.datum, *contents}
+        await lone.node.drop(str(old.datum))
+        assert records(lone) == {new.datum, *contents}
+        await lone.node.drop(str(new.datum))
+        assert records(lone) == set()
         nursery.cancel_scope.cancel()
