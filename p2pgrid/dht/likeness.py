@@ -26,6 +26,7 @@ match at one distance, whatever order the parent has them in.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -75,6 +76,8 @@ _CHUNK = CHUNK_SIZE // BLOCK
 _ZERO, _NEW = -2, -1
 _HEAD = struct.Struct("<8sQQQQ")
 _MAGIC = b"likely 1"
+_BODY = DIGEST_SIZE + _HEAD.size + 4 * DIGEST_SIZE
+"""Where the four arrays begin in a file: behind a digest of the head, the head, and a digest of each."""
 
 
 class Likeness:
@@ -124,11 +127,15 @@ class Likeness:
     def save(self, path: Path) -> None:
         """Write to `path`, whole or not at all; it may be made again, so nothing is synced."""
         arrays = (self._names, self._blocks, self._marks, self._places)
+        parts = [memoryview(each.astype("<u4", copy=False).view(np.uint8)) for each in arrays]
         head = _HEAD.pack(_MAGIC, len(self._names), len(self._marks), self._end, self._hole + 1)
-        body = b"".join([head, *(a.astype("<u4").tobytes() for a in arrays)])
+        head += b"".join(map(digest, parts))
         aside = path.with_name(path.name + ".new")
         try:
-            aside.write_bytes(digest(body) + body)
+            with aside.open("wb") as out:
+                out.write(digest(head) + head)
+                for part in parts:
+                    out.write(part)
             os.replace(aside, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -139,18 +146,21 @@ class Likeness:
     def load(cls, path: Path) -> Likeness | None:
         """What was saved; None where that is nothing, another version, or damaged."""
         try:
-            data = path.read_bytes()
+            data = memoryview(path.read_bytes())
         except OSError:
             return None
-        body = memoryview(data)[DIGEST_SIZE:]
-        if len(body) < _HEAD.size or digest(body) != data[:DIGEST_SIZE]:
+        head, body = data[DIGEST_SIZE:_BODY], data[_BODY:]
+        if len(head) < _BODY - DIGEST_SIZE or digest(head) != data[:DIGEST_SIZE]:
             return None
-        magic, blocks, marks, end, hole = _HEAD.unpack_from(body)
-        if magic != _MAGIC:
+        magic, blocks, marks, end, hole = _HEAD.unpack_from(head)
+        if magic != _MAGIC or len(body) != 8 * (blocks + marks):
             return None
-        numbers = np.frombuffer(body[_HEAD.size :], "<u4")
-        named, where, found, places = np.split(numbers, np.cumsum([blocks, blocks, marks]))
-        return cls(named, where, found, places, end, hole - 1)
+        cuts = itertools.accumulate((4 * blocks, 4 * blocks, 4 * marks, 4 * marks), initial=0)
+        parts = [body[first:last] for first, last in itertools.pairwise(cuts)]
+        if b"".join(map(digest, parts)) != head[_HEAD.size :]:
+            return None
+        names, where, found, places = (np.frombuffer(part, "<u4") for part in parts)
+        return cls(names, where, found, places, end, hole - 1)
 
     def ranges(self, plain: Plain, near: int) -> list[Range]:
         """Which parts of the parent to tell the chunk at offset `near` by; none if nothing is alike."""
