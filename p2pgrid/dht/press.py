@@ -55,6 +55,8 @@ AHEAD = 2
 """Batches that wait beside those in work, so that no thread does."""
 THREADS_MAX = 8
 """A thread that reads and names needs the GIL for a tenth of its time."""
+SYNC_BYTES = 32 << 20
+"""Bytes written before they are synced beside the work, so that nobody waits for all of them at the end."""
 SHORT = 1000
 """Frames of a pack that is looked through by one table with all short ones."""
 
@@ -263,10 +265,14 @@ class _Sheet:
         self._digests = bytearray()
         self._offset = 0
         self._open_places: list[tuple[int, _Old]] = []
+        self._syncing = ThreadPoolExecutor(1, "sync")
+        self._synced = 0
+        self._sync: Future[None] | None = None
         with explained(self._path):
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
     def close(self) -> None:
+        self._syncing.shutdown()
         os.close(self._fd)
 
     def write(self, pieces: list[_Piece]) -> None:
@@ -282,8 +288,22 @@ class _Sheet:
             if len(self.names.by_name) > count:
                 self._unique_bytes += piece.length
                 self._append(piece.frame)
+        self._start_sync()
         last = pieces[-1]
         self._tell(last.position * CHUNK_SIZE + last.length, self._size)
+
+    def _start_sync(self) -> None:
+        """Have the disk take what was written, unless it is still busy with what was before."""
+        if self._offset - self._synced < SYNC_BYTES or (self._sync and not self._sync.done()):
+            return
+        self._end_sync()
+        self._synced = self._offset
+        self._sync = self._syncing.submit(os.fdatasync, self._fd)
+
+    def _end_sync(self) -> None:
+        if self._sync is not None:
+            with explained(self._path):
+                self._sync.result()  # an error that is not asked for here is never told again
 
     def _append(self, made: _Old | _Fresh | None) -> None:
         """The frame with the next index; a place is left open for one that another pack holds."""
@@ -313,6 +333,7 @@ class _Sheet:
         here = shelf is not None and shelf.complete
         if not here:
             self._fill()
+        self._end_sync()
         self._tell(self._size, self._size)
         return Pressed(content, pack, None if here else self._staged, len(self._lengths), self.names.holes,
                        self._unique_bytes, self._offset)  # fmt: skip
