@@ -51,7 +51,7 @@ class Ticker:
 
     def __init__(self, tell: Tell, phase: str, unit: str = "bytes") -> None:
         self._tell = tell
-        self._news: dict[str, Any] = {"phase": phase, "unit": unit, "done": 0, "total": 0}
+        self._news: dict[str, Any] = {"phase": phase, "unit": unit, "done": 0, "total": 0, "note": ""}
         self._speed = Speed()
         self._moved = 0
         self._gone = threading.Event()
@@ -75,7 +75,7 @@ class Ticker:
                 "connected": progress.peers,
             },
             "stall": progress.stall,
-            "stalled_for": progress.stalled_for,
+            "stalled_for": round(progress.stalled_for, 1),
         }
 
     async def run(self, work: Callable[[], Any]) -> Any:
@@ -96,7 +96,8 @@ class Ticker:
             yield
             nursery.cancel_scope.cancel()
         total = max(self._news["total"], 1)
-        await self._tell(self._news | {"done": total, "total": total, "stall": ""})
+        end = {"done": total, "total": total, "left": 0.0} | ({"stall": ""} if "stall" in self._news else {})
+        await self._tell(self._event() | end)
 
     async def _report(self) -> None:
         try:

@@ -29,6 +29,7 @@ from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
 from p2pgrid.drive import drive
 from p2pgrid.errors import BadObject, GridError, NotFound, Refused, WorldError
+from p2pgrid.hole_punch.bulk import Links
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.machine import Tick
 from p2pgrid.transfer.company import SEARCH, Company, Searching
@@ -78,6 +79,7 @@ class Peering(Searching, Protocol):
 
     store: Store
     me: PeerId
+    links: Links
     origins: Sequence[str]
     """Where to ask when no peer helps."""
 
@@ -108,7 +110,7 @@ class Download:
         self._scope = trio.CancelScope()
         self._failure: GridError | None = None
         self.company = Company([datum], peering, self)
-        self.resort = LastResort(self, peering.me, rng)
+        self.resort = LastResort(self, peering.me, rng, peering.links.rates)
         self.resort.add(peering.origins)
         self._lock = threading.Lock()
         self._reports: list[tuple[Shelf, Event]] = []
@@ -291,6 +293,9 @@ class Download:
             return None
         return self._shelf, self._swarm
 
+    def paused(self) -> bool:
+        return bool(self._peering.links.paused)
+
     def peers(self) -> list[PeerId]:
         return [session.peer for session in self.company.sessions()]
 
@@ -322,6 +327,9 @@ class Download:
     def left(self, peer: PeerId) -> None:
         """The company lost `peer`."""
         self._feed([Left(peer)])
+
+    def quiet_for(self) -> float:
+        return trio.current_time() - self._last
 
     def _ring_reported(self) -> None:
         self._reported.set()
@@ -410,7 +418,7 @@ class Download:
             len(self.company.sessions()),
             swarm.missing + self._later() if swarm is not None else 0,
             len(lost),
-            trio.current_time() - self._last,
+            self.quiet_for(),
             self.resort.troubles(),
             len(shelf.frames.lengths) if shelf is not None else 0,
             stretches(lost),

@@ -28,6 +28,7 @@ import trio
 
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import ChunkCorrupt, GridError, WorldError
+from p2pgrid.hole_punch.rates import Rates
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.transfer.origin import Origin, OriginFailed
 from p2pgrid.transfer.ranges import RUN_MAX, owner, pause, pick
@@ -60,6 +61,10 @@ class Needy(Protocol):
 
     def lacking(self) -> tuple[Shelf, Swarm] | None:
         """What is incomplete, and who brings it; None while it is not known yet."""
+        ...
+
+    def paused(self) -> bool:
+        """Whether the owner allows nothing to be moved just now."""
         ...
 
     def peers(self) -> list[PeerId]:
@@ -115,8 +120,9 @@ class Slowness:
 class LastResort:
     """The origins of one fetch.  Runs in trio."""
 
-    def __init__(self, needy: Needy, me: PeerId, rng: Chance) -> None:
+    def __init__(self, needy: Needy, me: PeerId, rng: Chance, rates: Rates) -> None:
         self._needy = needy
+        self._rates = rates
         self._me = me
         self._rng = rng
         self._due = trio.current_time() + GRACE
@@ -135,7 +141,7 @@ class LastResort:
         """Ask these, too.  Raises `Misused` for what is no URL."""
         for url in origins:
             if url not in self._courses:
-                self._courses[url] = Course(Origin(url))
+                self._courses[url] = Course(Origin(url, rates=self._rates))
                 self._added.set()
                 self._added = trio.Event()
 
@@ -157,7 +163,7 @@ class LastResort:
     async def get_object(self, cid: Cid) -> bytes | None:
         """The object, or None where no origin has it now."""
         for course in list(self._courses.values()):
-            if trio.current_time() >= max(self._due, course.rests_until):
+            if trio.current_time() >= max(self._due, course.rests_until) and not self._needy.paused():
                 with self._judged(course):
                     return await course.origin.get_object(cid)
         return None  # each rests, or has just failed
@@ -183,7 +189,7 @@ class LastResort:
     async def _lane(self, course: Course) -> None:
         while True:
             await trio.sleep_until(max(self._due, course.rests_until))
-            run = self._next(course)
+            run = [] if self._needy.paused() else self._next(course)
             if not run:
                 await trio.sleep(LOOK)
                 continue
@@ -257,6 +263,8 @@ class LastResort:
         shelf, swarm = lacking
         if shelf is not self._shelf:
             self._shelf, self._offsets = shelf, shelf.frames.offsets()
+            for course in self._courses.values():
+                course.wrong.clear()
         count = len(shelf.frames.lengths)
         if self._slowness.look(now, self._needy.brought(), shelf.size * swarm.missing // max(1, count)):
             lost = [index for index in range(count) if not shelf.holds(index)]

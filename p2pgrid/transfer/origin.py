@@ -16,6 +16,7 @@ import http.client
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, TypeVar
@@ -27,6 +28,7 @@ import trio
 from p2pgrid import __version__
 from p2pgrid.dht.manifest import OBJECT_MAX, verified
 from p2pgrid.errors import BadObject, ChunkCorrupt, WorldError
+from p2pgrid.hole_punch.rates import LinkRates, Rates
 from p2pgrid.ids import Cid
 from p2pgrid.transfer.ranges import parse_origin, redirected, wrong_part, wrong_status
 
@@ -41,6 +43,10 @@ PATIENCE = 15.0
 RATE_MIN = 8 << 10
 """Bytes per second: below that an origin is of no use."""
 REDIRECTS_MAX = 3
+NAP = 0.05
+"""Seconds that a thread which may not read sleeps before it sees whether it is still wanted."""
+RECORD = 64 << 10
+"""Bytes read at once: what a cap is counted in."""
 
 Take = Callable[[int, memoryview], None]
 """Keeps the frame of an index; it is gone afterwards.  Raises `ChunkCorrupt` for a wrong one."""
@@ -60,9 +66,10 @@ class OriginFailed(WorldError):
 class Origin:
     """One server.  Runs in trio; closed by `close` when nobody uses it any more."""
 
-    def __init__(self, url: str, tls: ssl.SSLContext | None = None) -> None:
-        """Raises `Misused` for what is no URL of ours."""
+    def __init__(self, url: str, tls: ssl.SSLContext | None = None, rates: Rates | None = None) -> None:
+        """`rates`: what this node's owner allows.  Raises `Misused` for what is no URL of ours."""
         self.site = parse_origin(url)
+        self._rates = rates or Rates()
         self._tls = tls
         self._room = trio.CapacityLimiter(CONNECTIONS)
         self._idle: list[_Connection] = []
@@ -73,9 +80,10 @@ class Origin:
     async def get_object(self, cid: Cid) -> bytes:
         """The object, compared with its name.  Raises `OriginFailed`."""
 
-        def read(answer: http.client.HTTPResponse) -> bytes:
+        def read(answer: http.client.HTTPResponse, connection: _Connection) -> bytes:
             self._expect(answer, 200)
             body = answer.read(OBJECT_MAX + 1)
+            connection.rates.read(len(body), time.monotonic())
             if answer.length and len(body) <= OBJECT_MAX:
                 raise self._failed("it hung up amid an answer")
             try:
@@ -94,13 +102,14 @@ class Origin:
         first, last = offsets[run[0]], offsets[run[-1] + 1]
         size = last - first
 
-        def read(answer: http.client.HTTPResponse) -> None:
+        def read(answer: http.client.HTTPResponse, connection: _Connection) -> None:
             self._expect(answer, 206)
             if why := wrong_part(answer.getheader, first, size, offsets[-1]):
                 raise self._failed(why)
             for index in run:
                 frame = memoryview(bytearray(offsets[index + 1] - offsets[index]))
-                self._fill(answer, frame)
+                if not connection.fill(answer, frame):
+                    raise self._failed("it hung up amid an answer")
                 try:
                     take(index, frame)
                 except ChunkCorrupt:
@@ -122,7 +131,7 @@ class Origin:
         kind: Literal["objects", "packs"],
         cid: Cid,
         headers: dict[str, str],
-        read: Callable[[http.client.HTTPResponse], T],
+        read: Callable[[http.client.HTTPResponse, _Connection], T],
         patience: float,
     ) -> T:
         """One request and its redirects; `read` has the body, in a thread."""
@@ -139,7 +148,7 @@ class Origin:
         self,
         target: str,
         headers: dict[str, str],
-        read: Callable[[http.client.HTTPResponse], T],
+        read: Callable[[http.client.HTTPResponse, _Connection], T],
         patience: float,
     ) -> T | _Elsewhere:
         while True:
@@ -164,7 +173,7 @@ class Origin:
 
     async def _connect(self) -> _Connection:
         """Whoever waits no longer leaves a thread that closes what it made."""
-        connection = _Connection(self._plain())
+        connection = _Connection(self._plain(), self._rates.link(private=True))
         try:
             with trio.move_on_after(CONNECT_PATIENCE):
                 await trio.to_thread.run_sync(  # type: ignore[call-arg]  # the stubs are older
@@ -194,7 +203,7 @@ class Origin:
         connection: _Connection,
         target: str,
         headers: dict[str, str],
-        read: Callable[[http.client.HTTPResponse], T],
+        read: Callable[[http.client.HTTPResponse, _Connection], T],
     ) -> T | _Elsewhere:
         connection.reusable = connection.answered = False
         connection.http.request("GET", target, headers=headers)
@@ -202,7 +211,7 @@ class Origin:
             connection.answered = True
             if answer.status in (301, 302, 303, 307, 308):
                 return self._elsewhere(target, answer.getheader("Location"))
-            result = read(answer)
+            result = read(answer, connection)
             # All of it was read: the next request finds the connection clean.
             connection.reusable = not answer.read(1) and not answer.will_close
             return result
@@ -216,13 +225,6 @@ class Origin:
     def _expect(self, answer: http.client.HTTPResponse, status: int) -> None:
         if why := wrong_status(answer.status, status):
             raise self._failed(why, answer.getheader("Retry-After"))
-
-    def _fill(self, answer: http.client.HTTPResponse, space: memoryview) -> None:
-        while space:
-            count = answer.readinto(space)
-            if not count:
-                raise self._failed("it hung up amid an answer")
-            space = space[count:]
 
     def _failed(self, why: str, again: str | None = None) -> OriginFailed:
         return OriginFailed(origin=self.site.shown, why=why, again=again)
@@ -238,8 +240,11 @@ class _Elsewhere:
 class _Connection:
     """A connection that a thread uses and trio may end."""
 
-    def __init__(self, plain: http.client.HTTPConnection) -> None:
+    def __init__(self, plain: http.client.HTTPConnection, rates: LinkRates) -> None:
         self.http = plain
+        self.rates = rates
+        """What may be read; there is nothing to send that would hurt anybody."""
+        self._shut = False
         self.http.auto_open = 0
         self.sock: socket.socket | None = None
         self._lock = threading.Lock()
@@ -254,6 +259,19 @@ class _Connection:
             else:
                 self.sock = self.http.sock
                 self.sock.settimeout(PATIENCE)
+
+    def fill(self, answer: http.client.HTTPResponse, space: memoryview) -> bool:
+        """Read as much as there is `space` for, no faster than is allowed; False: it ended before."""
+        while space and not self._shut:
+            if wait := self.rates.may_read(time.monotonic()):
+                time.sleep(min(wait, NAP))
+                continue
+            count = answer.readinto(space[:RECORD])
+            if not count:
+                break
+            self.rates.read(count, time.monotonic())
+            space = space[count:]
+        return not space
 
     async def run(self, work: Callable[[], T]) -> outcome.Value[T] | outcome.Error:
         """What `work` came to, in a thread; it is over when this returns, cancelled or not."""
@@ -270,6 +288,7 @@ class _Connection:
             await trio.sleep_forever()
         finally:
             if busy() and self.sock is not None:
+                self._shut = True
                 with contextlib.suppress(OSError):  # not TLS's own: its thread still reads
                     socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 

@@ -16,6 +16,7 @@ import trio
 
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import Misused
+from p2pgrid.hole_punch.rates import Limits
 from p2pgrid.ids import PeerId
 from p2pgrid.transfer import fetch, lastresort, origin
 from p2pgrid.transfer.exchange import Exchange, Progress, open_exchange
@@ -404,6 +405,26 @@ async def test_a_name_and_a_password_go_to_the_server_and_nowhere_else(certifica
         there.close()
     assert heard == ["Basic YW5uOmdlaGVpbQ=="]
     assert "geheim" not in str(failed.value) + repr(there.site)
+
+
+async def test_the_owners_caps_hold_for_origins_too(tmp_path: Path) -> None:
+    with served(files_of(DISK)) as server:
+        async with open_nodes(tmp_path, "alone") as (alone,):
+            alone.exchange.links.rates.set(Limits(down=SIZE))
+            began = trio.current_time()
+            await alone.exchange.fetch(DISK.datum, origins=[server.url])
+            assert trio.current_time() - began > 0.8
+            assert is_whole(alone)
+
+
+async def test_nothing_is_asked_while_the_owner_allows_nothing(tmp_path: Path) -> None:
+    with served(files_of(DISK)) as server:
+        async with open_nodes(tmp_path, "alone") as (alone,), trio.open_nursery() as nursery:
+            alone.exchange.links.pause("on battery")
+            nursery.start_soon(lambda: alone.exchange.fetch(DISK.datum, origins=[server.url]))
+            await trio.sleep(0.5)
+            assert server.asked == []
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_fetch_that_is_cancelled_leaves_nothing_open(tmp_path: Path) -> None:
