@@ -127,7 +127,7 @@ class Likeness:
     def save(self, path: Path) -> None:
         """Write to `path`, whole or not at all; it may be made again, so nothing is synced."""
         arrays = (self._names, self._blocks, self._marks, self._places)
-        parts = [memoryview(each.astype("<u4", copy=False).view(np.uint8)) for each in arrays]
+        parts = [each.astype("<u4", copy=False).view(np.uint8).data for each in arrays]
         head = _HEAD.pack(_MAGIC, len(self._names), len(self._marks), self._end, self._hole + 1)
         head += b"".join(map(digest, parts))
         aside = path.with_name(path.name + ".new")
