@@ -24,7 +24,10 @@ from p2pgrid.net import Index
 from p2pgrid.transfer.session import Session, Want, Wanter
 
 SEARCH = 3.0
-"""Seconds between two searches for more peers, while incomplete."""
+"""Seconds between two searches for more peers, while incomplete and nothing comes."""
+SEARCH_MAX = 60.0
+"""Seconds between them at most, while something comes: each asks a dozen nodes, and whoever
+is new opens the pack at somebody who tells of it."""
 REST_MIN, REST_MAX = 0.5, 30.0
 """Seconds before a peer that was lost or could not be reached is tried again; doubled each time."""
 PEERS_MAX = 40
@@ -56,6 +59,10 @@ class Host(Protocol):
 
     def left(self, peer: PeerId) -> None:
         """`peer` is lost."""
+        ...
+
+    def quiet_for(self) -> float:
+        """Seconds since something came."""
         ...
 
 
@@ -158,12 +165,19 @@ class Company:
     async def search(self) -> None:
         """Look for peers, and attach them; for ever."""
         async with trio.open_nursery() as nursery:
-            due = -math.inf
+            due = find_due = -math.inf
+            pause = SEARCH
             while True:
                 now = trio.current_time()
                 if now >= due:
                     due = now + SEARCH
-                    self._look(nursery)
+                    self._open_again()
+                    if self._host.quiet_for() >= SEARCH or not self.sessions():
+                        pause, find_due = SEARCH, now
+                    if now >= find_due:
+                        find_due = now + pause
+                        pause = min(2 * pause, SEARCH_MAX)
+                        self._look(nursery)
                 wake = min(due, self._try(nursery, now))
                 with trio.move_on_at(wake):
                     await self.news.wait()
@@ -172,6 +186,9 @@ class Company:
         for key in set(self.keys) - self._finding:
             self._finding.add(key)
             nursery.start_soon(self._find, key)
+
+    def _open_again(self) -> None:
+        """With those that had nothing of it yet."""
         for contact in self._contacts.values():
             if contact.want is not None and not contact.want.shown:
                 contact.want.open()
