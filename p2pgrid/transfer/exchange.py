@@ -118,7 +118,12 @@ class Exchange:
 
     def tell(self, pack: Cid, indices: list[int]) -> None:
         """Tell who has opened `pack`, and whoever here wants it, that these are here now."""
-        self._audience.tell(pack, indices)
+
+        def known(link: Link) -> Callable[[int], bool]:
+            session = self._sessions.get(link)
+            return (lambda index: False) if session is None else session.known(pack)
+
+        self._audience.tell(pack, indices, known)
         for download, _ in self._downloads.values():
             if download.pack == pack:
                 download.hold(indices)

@@ -55,9 +55,12 @@ from p2pgrid.transfer.swarm import (
 OBJECTS_AT_ONCE = 8
 OBJECT_PATIENCE = 15.0
 """Seconds for an object (at most 1 MiB) before it is asked of another peer."""
-GATHER = 0.005
+GATHER = 0.025
 """Seconds that reports of links wait for more of them: a step and a message for each would cost
-as much as the bytes.  Peers are asked for more than arrives in that time."""
+as much as the bytes.  Peers are asked for more than arrives in that time, once they are at it."""
+GATHER_FIRST = 0.005
+"""The same while somebody has not brought `FIRST` bytes: it is asked for little, and would be idle."""
+FIRST = 2 << 20
 ANNOUNCE = 0.025
 """Seconds that news of chunks wait for more of them."""
 REPORT = 0.25
@@ -271,15 +274,20 @@ class Download:
 
     async def _perform(self, effects: Sequence[Effect]) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
+        withdrawn: dict[PeerId, list[int]] = {}
+        for effect in effects:
+            if isinstance(effect, Withdraw):
+                withdrawn.setdefault(effect.peer, []).append(effect.index)
+        for peer, gone in withdrawn.items():
+            if want := self.company.want(peer):
+                for start in range(0, len(gone), INDICES_MAX):
+                    want.withdraw(tuple(gone[start : start + INDICES_MAX]))
         for effect in effects:
             match effect:
                 case Ask(peer, indices):
                     if want := self.company.want(peer):
                         for start in range(0, len(indices), INDICES_MAX):
                             want.ask(indices[start : start + INDICES_MAX])
-                case Withdraw(peer, index):
-                    if want := self.company.want(peer):
-                        want.withdraw(index)
                 case Shun(peer, _):
                     self.company.shun(peer)
                 case Completed():
@@ -353,7 +361,11 @@ class Download:
             if self._fresh:
                 self._freshly.set()
             self._feed(events)
-            await trio.sleep(GATHER)
+            await trio.sleep(GATHER_FIRST if any(map(self._is_first, events)) else GATHER)
+
+    def _is_first(self, event: Event) -> bool:
+        """Whether it is about a peer that has not shown yet what it can do."""
+        return not isinstance(event, Held | Tick) and self._bytes_by_peer.get(event.peer, 0) < FIRST
 
     def hold(self, indices: Iterable[int]) -> None:
         """These came in another way: by a fetch of another datum with the same pack."""
@@ -460,15 +472,14 @@ class _Gathered:
     def step(self, events: Sequence[Event] | Tick, now: float) -> Iterator[list[Effect]]:
         asks: dict[PeerId, dict[int, None]] = {}
         effects: list[Effect] = []
-        for event in (events,) if isinstance(events, Tick) else events:
-            for effect in self._swarm.step(event, now):
-                match effect:
-                    case Ask(peer, indices):
-                        asks.setdefault(peer, {}).update(dict.fromkeys(indices))
-                    case Withdraw(peer, index) if index in asks.get(peer, {}):
-                        del asks[peer][index]
-                    case _:
-                        effects.append(effect)
+        for effect in self._swarm.steps((events,) if isinstance(events, Tick) else events, now):
+            match effect:
+                case Ask(peer, indices):
+                    asks.setdefault(peer, {}).update(dict.fromkeys(indices))
+                case Withdraw(peer, index) if index in asks.get(peer, {}):
+                    del asks[peer][index]
+                case _:
+                    effects.append(effect)
         effects += [Ask(peer, tuple(indices)) for peer, indices in asks.items() if indices]
         if effects:
             yield effects

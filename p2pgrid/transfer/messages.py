@@ -9,7 +9,7 @@ and its fields, integers big endian, CIDs in their 36-byte form:
     4 Request    topic u16, index u32, …       send me these, in this order
     5 Frame      topic u16, index u32, bytes   here is one
     6 Refuse     topic u16, index u32          I cannot send it
-    7 Cancel     topic u16, index u32          I need it no more; it may come all the same
+    7 Cancel     topic u16, index u32, …       I need them no more; they may come all the same
     8 GetObject  CID                           send me this manifest object
     9 Object     CID, bytes                    here it is
     10 NoObject  CID                           I do not have it
@@ -89,7 +89,7 @@ class Refuse:
 @attrs.frozen
 class Cancel:
     topic: int
-    index: int
+    indices: tuple[int, ...]
 
 
 @attrs.frozen
@@ -146,8 +146,8 @@ def encode(message: Message) -> tuple[bytes, ...]:
             return _INDEX.pack(5, topic, index), bytes(data)
         case Refuse(topic, index):
             return (_INDEX.pack(6, topic, index),)
-        case Cancel(topic, index):
-            return (_INDEX.pack(7, topic, index),)
+        case Cancel(topic, indices):
+            return (_TOPIC.pack(7, topic) + _packed(indices),)
         case GetObject(cid):
             return (b"\x08" + bytes(cid),)
         case Object(cid, data):
@@ -197,9 +197,11 @@ def _about_topic(kind: int, topic: int, rest: memoryview) -> Message:
             return Have(topic, _indices(rest))
         case 4:
             return Request(topic, _indices(rest))
-        case 6 | 7:
+        case 6:
             _need(len(rest) == 4, "not one index")
-            return (Refuse if kind == 6 else Cancel)(topic, int.from_bytes(rest, "big"))
+            return Refuse(topic, int.from_bytes(rest, "big"))
+        case 7:
+            return Cancel(topic, _indices(rest))
         case 11:
             return Peers(topic, _peers(rest))
         case 12:

@@ -84,12 +84,13 @@ class Audience:
         with self._lock:
             return list(self._topics.get(pack, ()))
 
-    def tell(self, pack: Cid, indices: list[int]) -> None:
-        """Everyone who has opened `pack`: these are here now."""
-        for start in range(0, len(indices), INDICES_MAX):
-            some = tuple(indices[start : start + INDICES_MAX])
-            for link, topic in self.of(pack):
-                link.send(*encode(Have(topic, some)))
+    def tell(self, pack: Cid, indices: list[int], known: Callable[[Link], Callable[[int], bool]]) -> None:
+        """Everyone who has opened `pack`: these are here now, but for what is `known` to be there, too."""
+        for link, topic in self.of(pack):
+            there = known(link)
+            news = tuple(index for index in indices if not there(index))
+            for start in range(0, len(news), INDICES_MAX):
+                link.send(*encode(Have(topic, news[start : start + INDICES_MAX])))
 
     def show(self, shelf: Shelf) -> None:
         """Everyone who has opened the shelf's pack: all that is here."""
@@ -135,10 +136,11 @@ class Seeding:
         match wish:
             case Request(topic, indices):
                 self._ask(topic, indices)
-            case Cancel(topic, index):
-                self._refusals.pop((topic, index), None)
-                if topic in self._topics and (asks := self._topics[topic].asks) is not None:
-                    asks.withdraw(index)
+            case Cancel(topic, indices):
+                for index in indices:
+                    self._refusals.pop((topic, index), None)
+                    if topic in self._topics and (asks := self._topics[topic].asks) is not None:
+                        asks.withdraw(index)
             case GetObject(cid):
                 self._objects.append(cid)
                 self._bound()

@@ -73,6 +73,10 @@ class Want:
     def peer(self) -> PeerId:
         return self._link.peer
 
+    @property
+    def pack(self) -> Cid:
+        return self._shelf.pack
+
     def open(self) -> None:
         """Say what is wanted; again where the peer did not have any of it, but may now."""
         self._link.send(*encode(Open(self._topic, self._shelf.pack)))
@@ -80,8 +84,12 @@ class Want:
     def ask(self, indices: tuple[int, ...]) -> None:
         self._link.send(*encode(Request(self._topic, indices)))
 
-    def withdraw(self, index: int) -> None:
-        self._link.send(*encode(Cancel(self._topic, index)))
+    def withdraw(self, indices: tuple[int, ...]) -> None:
+        self._link.send(*encode(Cancel(self._topic, indices)))
+
+    def has(self, index: int) -> bool:
+        """Whether the peer told that it has `index`."""
+        return bool(self._bits[index >> 3] >> (index & 7) & 1)
 
     def close(self) -> None:
         self.closed = True
@@ -95,6 +103,8 @@ class Want:
             case Have(_, indices):
                 self._listen(len(indices))
                 self._need_known(max(indices))
+                for index in indices:
+                    self._bits[index >> 3] |= 1 << (index & 7)
                 self._wanter.report(Told(self.peer, indices))
             case Bitfield(_, first, bits):
                 self._listen(8 * len(bits))
@@ -176,6 +186,12 @@ class Session:
             want = self._wants[topic] = Want(self.link, topic, shelf, wanter)
         want.open()
         return want
+
+    def known(self, pack: Cid) -> Callable[[int], bool]:
+        """Tells which chunks of `pack` the peer is known to have."""
+        with self._lock:
+            wants = [want for want in self._wants.values() if want.pack == pack]
+        return wants[0].has if wants else lambda index: False
 
     def unwant(self, want: Want) -> None:
         with self._lock:

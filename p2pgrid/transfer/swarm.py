@@ -204,7 +204,24 @@ class Swarm:
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take one event and say what to do."""
+        return self.steps((event,), now)
+
+    def steps(self, events: Iterable[Event], now: float) -> list[Effect]:
+        """Take what happened at about the same time, and say what to do after all of it."""
         self._effects = []
+        for event in events:
+            self._take_in(event, now)
+        if not self.complete:
+            for waiting in self._alarms.due(now):
+                self._examine(waiting, now)
+            self._feed(now)
+            self._look(now)
+        elif not self._announced:
+            self._announced = True
+            self._effects.append(Completed())
+        return self._effects
+
+    def _take_in(self, event: Event, now: float) -> None:
         match event:
             case Arrived(peer, index, size):
                 self._arrived(peer, index, size, now)
@@ -223,15 +240,6 @@ class Swarm:
                     self._hold(index)
             case Tick():
                 pass
-        if not self.complete:
-            for waiting in self._alarms.due(now):
-                self._examine(waiting, now)
-            self._feed(now)
-            self._look(now)
-        elif not self._announced:
-            self._announced = True
-            self._effects.append(Completed())
-        return self._effects
 
     # --- what events do ---
 
