@@ -18,7 +18,8 @@ from pathlib import Path
 
 from p2pgrid.dht.publish import publish_disk
 from p2pgrid.dht.store import Store
-from tests.small_disks import KEY, SmallDisk, small_disk
+from p2pgrid.ids import Cid
+from tests.small_disks import KEY, SmallDisk, changed, chunk, small_delta, small_disk
 
 KILLS = 30
 THREADS = 3
@@ -26,7 +27,22 @@ THREADS = 3
 
 def main() -> None:
     what, root = sys.argv[1], Path(sys.argv[2])
-    {"put": kill_while_putting, "publish": kill_at_every_step}[what](root)
+    {
+        "put": lambda: kill_while_putting(root, small_disk([-1 - i for i in range(150)])),
+        "put a delta": lambda: kill_while_putting(root, a_delta(), a_parent()),
+        "publish": lambda: kill_at_every_step(root, None),
+        "publish a delta": lambda: kill_at_every_step(root, small_disk([1, 2, 0, 7, 2, 4], tail=1024)),
+    }[what]()
+
+
+def a_parent() -> SmallDisk:
+    return small_disk([-1 - i for i in range(90)])
+
+
+def a_delta() -> SmallDisk:
+    """Of 60 chunks most are the parent's, changed; the others it takes as they are."""
+    plain = [chunk(-1 - i) for i in range(60)]
+    return small_delta(a_parent(), [changed(p, i) if i % 4 else p for i, p in enumerate(plain)])
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -45,24 +61,37 @@ def forked(work: Callable[[], None]) -> int:
 # --- frames that come in ----------------------------------------------------------------
 
 
-def kill_while_putting(root: Path) -> None:
-    disk = small_disk([-1 - i for i in range(150)])
+Frame = tuple[int, int]
+"""Which of the packs that a disk needs, and the index there."""
+
+
+def frames_of(disk: SmallDisk, parent: SmallDisk | None) -> dict[Frame, bytes]:
+    packs = (disk,) if parent is None else (parent, disk)
+    return {(p, i): f for p, pack in enumerate(packs) for i, f in enumerate(pack.frames) if f}
+
+
+def kill_while_putting(root: Path, disk: SmallDisk, parent: SmallDisk | None = None) -> None:
+    frames = frames_of(disk, parent)
     with Store(root, min_free=0) as store:
         disk.put_objects(store)
+        for data in parent.pack_objects if parent is not None else ():
+            store.put_object(data)
         store.begin(disk.datum)
     chance = random.Random(1)
-    acknowledged: set[int] = set()
+    acknowledged: set[Frame] = set()
     for _ in range(KILLS):
-        acknowledged |= one_kill(root, disk, chance)
+        acknowledged |= one_kill(root, disk, frames, chance)
         with Store(root, min_free=0) as store:
             shelf = store.shelf(disk.pack)
             assert shelf is not None
-            here = {i for i in range(len(disk.frames)) if shelf.holds(i)}
+            here = {(part, index) for part, index in frames if shelf.parts[part].holds(index)}
             # What a put had returned for is never fetched again, so at most `THREADS` are.
             assert acknowledged <= here, f"lost: {acknowledged - here}"
-            assert shelf.verify() == [], "a bit claimed a frame that is not there"
+            assert [part.verify() for part in shelf.parts] == [[]] * len(shelf.parts), (
+                "a bit claimed a frame that is not there"
+            )
             assert not list((root / "tmp").iterdir())
-    os.waitpid(forked(lambda: put_missing(root, disk, os.open(os.devnull, os.O_WRONLY))), 0)
+    os.waitpid(forked(lambda: put_missing(root, disk, frames, os.open(os.devnull, os.O_WRONLY))), 0)
     with Store(root, min_free=0) as store:
         shelf = store.shelf(disk.pack)
         assert shelf is not None
@@ -71,10 +100,10 @@ def kill_while_putting(root: Path) -> None:
     print(f"{KILLS} kills, {len(acknowledged)} frames acknowledged before one, none lost")
 
 
-def one_kill(root: Path, disk: SmallDisk, chance: random.Random) -> set[int]:
+def one_kill(root: Path, disk: SmallDisk, frames: dict[Frame, bytes], chance: random.Random) -> set[Frame]:
     """Let a child put frames and kill it: after some acknowledgements, or after some time."""
     read, write = os.pipe()
-    child = forked(lambda: put_missing(root, disk, write))
+    child = forked(lambda: put_missing(root, disk, frames, write))
     os.close(write)
     seen = b""
     if chance.random() < 0.7:
@@ -88,25 +117,26 @@ def one_kill(root: Path, disk: SmallDisk, chance: random.Random) -> set[int]:
     while more := os.read(read, 1000):
         seen += more
     os.close(read)
-    return set(seen)
+    two = any(part for part, _ in frames)
+    return {divmod(number, 128) if two else (0, number) for number in seen}
 
 
-def put_missing(root: Path, disk: SmallDisk, acknowledge: int) -> None:
+def put_missing(root: Path, disk: SmallDisk, frames: dict[Frame, bytes], acknowledge: int) -> None:
     store = Store(root, min_free=0)
     shelf = store.begin(disk.datum)
-    missing = [i for i in range(len(disk.frames)) if not shelf.holds(i)]
+    missing = [(part, index) for part, index in frames if not shelf.parts[part].holds(index)]
     random.shuffle(missing)
 
     def put() -> None:
         while missing:
             try:
-                index = missing.pop()
+                part, index = missing.pop()
             except IndexError:
                 return
-            shelf.put_frame(index, disk.frames[index])
-            os.write(acknowledge, bytes((index,)))
+            shelf.parts[part].put_frame(index, frames[part, index])
+            os.write(acknowledge, bytes((128 * part + index,)))
             if index % 10 == 0:
-                shelf.flush()
+                shelf.parts[part].flush()
 
     threads = [threading.Thread(target=put) for _ in range(THREADS)]
     for thread in threads:
@@ -119,28 +149,37 @@ def put_missing(root: Path, disk: SmallDisk, acknowledge: int) -> None:
 # --- a disk that is put -----------------------------------------------------------------
 
 
-def kill_at_every_step(root: Path) -> None:
+def kill_at_every_step(root: Path, parent: SmallDisk | None) -> None:
     """End the process just before its n-th write, sync, rename or unlink, for every n."""
     disk = small_disk([1, 2, 0, 3, 2, 4], tail=1024)
     image = root.parent / "image.raw"
     image.write_bytes(disk.plain)
+    before, upon = set[Path](), None
+    if parent is not None:
+        (root.parent / "parent.raw").write_bytes(parent.plain)
+        with Store(root, min_free=0) as store:
+            upon = publish_disk(store, root.parent / "parent.raw", KEY).content
+        before = files(root)
     steps = 0
     while True:
-        child = forked(partial(put_until, root, image, steps))
+        child = forked(partial(put_until, root, image, upon, steps))
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         with Store(root, min_free=0) as store:
-            held = store.held()
+            held = [h for h in store.held() if h.content != upon]
             assert not list((root / "tmp").iterdir())
             if held:
                 shelf = store.shelf(held[0].pack)
                 assert shelf is not None
                 assert shelf.complete
+                assert (shelf.parent is None) == (upon is None)
                 assert shelf.read(0, len(disk.plain)) == disk.plain
                 store.drop(held[0].datum)
-            left = [p for p in root.rglob("*") if p.is_file() and p.name != "lock"]
-            assert left == [], f"step {steps} left {left}"
+            assert files(root) == before, f"step {steps} left {files(root) ^ before}"
+        for path in root.glob("packs/*/likeness"):
+            path.unlink()
         if code == 0:
+            assert held
             break
         assert code == 9, f"the child failed at step {steps}"
         steps += 1
@@ -148,7 +187,12 @@ def kill_at_every_step(root: Path) -> None:
     print(f"ended at each of {steps} steps: all or nothing")
 
 
-def put_until(root: Path, image: Path, steps: int) -> None:
+def files(root: Path) -> set[Path]:
+    """What is kept, but for what may be made again at any time."""
+    return {p for p in root.rglob("*") if p.is_file() and p.name not in ("lock", "likeness")}
+
+
+def put_until(root: Path, image: Path, upon: Cid | None, steps: int) -> None:
     left = steps
     lock = threading.Lock()
 
@@ -166,7 +210,7 @@ def put_until(root: Path, image: Path, steps: int) -> None:
     for name in ("pwrite", "fsync", "fdatasync", "rename", "ftruncate", "unlink", "mkdir", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
     with Store(root, min_free=0) as store:
-        publish_disk(store, image, KEY)
+        publish_disk(store, image, KEY, parent=upon)
 
 
 if __name__ == "__main__":
