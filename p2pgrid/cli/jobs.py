@@ -20,6 +20,7 @@ from p2pgrid.node.console import (
     say,
 )
 from p2pgrid.node.plain import console, plain
+from p2pgrid.node.results import check_free
 
 
 @app.command
@@ -61,13 +62,15 @@ def run(
     """
     if net != "none":
         raise Misused(why=f"--net {net!r}: this version gives guests no network; only 'none' is possible")
-    home, origins = home_of(data_dir), origins_of(origin)
+    home, origins, indices = home_of(data_dir), origins_of(origin), parse_indices(array)
+    if output and not detach:
+        check_free(output, indices)  # now, not when hours of work would have nowhere to go
     launch.ensure(home)
     spec: dict[str, Any] = {
         "disk": which,
         "script": str(script.absolute()),
         "inputs": [str(p.absolute()) for p in inputs or []],
-        "array": parse_indices(array),
+        "array": indices,
         "memory": parse_size(ram),
         "cpus": cpus,
         "time_limit": parse_duration(time),
@@ -82,8 +85,8 @@ def run(
     view = _attended(home, spec, as_json)
     folder = (output or Path(view["job"])).absolute()
     brought = api.call(home, "job_results", {"job": view["job"], "out": str(folder)})
-    emit({**view, "results": brought["folder"]}, as_json, show.finished)
-    return show.exit_code(view)
+    emit({**view, "results": brought["folder"], "results_failed": brought["failed"]}, as_json, show.finished)
+    return show.exit_code(view) or (show.GRID_FAILURE if brought["failed"] else 0)
 
 
 def _attended(home: Path, spec: dict[str, Any], as_json: bool) -> Any:
@@ -175,5 +178,6 @@ def job_results(
 ) -> int:
     """Write the results that are home to a folder, one sub-folder a task."""
     folder = (output or Path(number)).absolute()
-    emit(ask(data_dir, "job_results", job=number, out=str(folder)), as_json, show.results)
-    return 0
+    brought = ask(data_dir, "job_results", job=number, out=str(folder))
+    emit(brought, as_json, show.results)
+    return int(brought["failed"][0]["exit_code"]) if brought["failed"] else 0

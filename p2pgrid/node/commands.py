@@ -214,7 +214,7 @@ def leave(
         raise NotFound(what=f"a membership in {home}")
     else:
         say("no daemon runs here: the coordinator will notice by itself that this node is gone")
-    for name in (FILE, TICKET, launch.LOG):
+    for name in (FILE, TICKET, launch.LOG, f"{launch.LOG}.1"):
         (home / name).unlink(missing_ok=True)
     if not keep_chunks:
         shutil.rmtree(home / "store", ignore_errors=True)

@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from p2pgrid.node import disks, jobs
 from p2pgrid.node.api import Op, Tell, daemon_runs, failure, leaves, serve_api
 from p2pgrid.node.config import TICKET, Config
 from p2pgrid.node.console import say
+from p2pgrid.node.daemon_log import keep_log_short
 from p2pgrid.node.grid import make_ticket, open_grid
 from p2pgrid.node.holdings import keep_holding
 from p2pgrid.node.identity import Identity
 from p2pgrid.node.node import Node
+from p2pgrid.node.plain import plain
 from p2pgrid.node.reach import index_mode
 from p2pgrid.node.rules import keep_rules, prefs
 from p2pgrid.node.ticket import read_ticket
@@ -134,6 +136,7 @@ def _log_to_stderr() -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
+            _plain,
             structlog.processors.LogfmtRenderer(
                 key_order=["timestamp", "level", "event"], bool_as_flag=False
             ),
@@ -141,6 +144,14 @@ def _log_to_stderr() -> None:
         wrapper_class=structlog.make_filtering_bound_logger(20),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def _plain(logger: Any, method: str, said: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What others wrote does not steer the terminal on which a log is read; a traceback keeps its lines."""
+    return {
+        key: "\n".join(map(plain, value.split("\n"))) if isinstance(value, str) else value
+        for key, value in said.items()
+    }
 
 
 async def _until_signalled(home: Path, ready: Any) -> None:
@@ -195,6 +206,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         node = Node(home, config, identity, host, index, store, exchange, calls, grid, roles, stopping)
         _keep_port(home, config, host)
         nursery = await rooms.enter_async_context(trio.open_nursery())
+        nursery.start_soon(keep_log_short, home)
         nursery.start_soon(keep_holding, node)
         nursery.start_soon(node.keep_announcing)
         nursery.start_soon(keep_rules, node)

@@ -209,16 +209,28 @@ async def _parent(node: Node, which: str, tell: Tell) -> Cid | Auto | None:
 
 
 async def _until_placed(node: Node, record: m.DatumRecord, tell: Tell) -> None:
-    """Wait until as many nodes hold the disk as were wished for."""
+    """Wait until as many nodes hold the disk as were wished for; say so where they are too few."""
     while True:
         view = await node.coordinator.datum(record.datum)
-        wished = record.replica
-        if wished < 0:
-            wished = sum(1 for n in await node.coordinator.nodes() if n.online and "worker" in n.roles)
-        await tell({"phase": "placing", "done": min(view.owners_count, wished), "total": max(1, wished)})
+        workers = {n.peer for n in await node.coordinator.nodes() if n.online and "worker" in n.roles}
+        wished = record.replica if record.replica >= 0 else len(workers)
+        await tell({
+            "phase": "placing",
+            "done": min(view.owners_count, wished),
+            "total": max(1, wished),
+            "note": too_few(wished, len(workers | set(view.owners)), len(workers)),
+        })  # fmt: skip
         if view.owners_count >= wished:
             return
         await trio.sleep(1)
+
+
+def too_few(wished: int, able: int, workers: int) -> str:
+    """What to say where `wished` copies cannot stand on the `able` nodes there are; else nothing."""
+    if wished <= able:
+        return ""
+    online = f"{workers} worker{'' if workers == 1 else 's'} online"
+    return f"{able} of {wished} copies are possible with {online}; waiting for more to join"
 
 
 async def get(node: Node, args: Args, tell: Tell) -> Any:

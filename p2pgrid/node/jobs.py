@@ -35,6 +35,7 @@ from p2pgrid.node.attempt import stop_if_cancelled
 from p2pgrid.node.disks import Args
 from p2pgrid.node.node import OWN, STALL_PATIENCE, Node
 from p2pgrid.node.patience import backoff, patiently
+from p2pgrid.node.results import check_free
 from p2pgrid.node.room import INPUTS_MAX, RESULT_MAX
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import FINAL, JobSpec
@@ -270,26 +271,30 @@ async def cancel(node: Node, args: Args, tell: Tell) -> Any:
 
 
 async def results(node: Node, args: Args, tell: Tell) -> Any:
-    """Write every result that there is to a folder, one sub-folder a task."""
+    """Write every result that there is to a folder, one sub-folder a task; a bad one spoils no other."""
     out = Path(args["out"])
     view = await node.coordinator.job(args["job"])
-    tasks = files = total = 0
-    for task in view.tasks:
-        result = task.outcome.result if task.outcome else None
-        if result is None:
-            continue
-        target = out / str(task.index)
-        if target.exists():
-            raise Conflict(what=f"{target}; name another folder with -o")
-        tree = await _tree(node, result.datum)
-        os.makedirs(out, exist_ok=True)
-        await trio.to_thread.run_sync(
-            restore_tree, node.store, Cid.parse(result.datum), target, RESULT_MAX, stop_if_cancelled
-        )
-        tasks += 1
-        files += sum(1 for f in tree.files if not f.path.startswith(OWN + "/"))
-        total += sum(f.size for f in tree.files)
-    return {"folder": str(out), "tasks": tasks, "files": files, "bytes": total}
+    ended = {t.index: t.outcome.result.datum for t in view.tasks if t.outcome and t.outcome.result}
+    check_free(out, ended)
+    written: list[Tree] = []
+    failed: list[dict[str, Any]] = []
+    for index, datum in ended.items():
+        try:
+            tree = await _tree(node, datum)
+            os.makedirs(out, exist_ok=True)
+            await trio.to_thread.run_sync(
+                restore_tree, node.store, Cid.parse(datum), out / str(index), RESULT_MAX, stop_if_cancelled
+            )
+            written.append(tree)
+        except GridError as bad:
+            failed.append({"index": index, "why": str(bad), "exit_code": bad.exit_code})
+    return {
+        "folder": str(out),
+        "tasks": len(written),
+        "files": sum(not f.path.startswith(OWN + "/") for tree in written for f in tree.files),
+        "bytes": sum(f.size for tree in written for f in tree.files),
+        "failed": failed,
+    }
 
 
 async def _tree(node: Node, datum: str) -> Tree:

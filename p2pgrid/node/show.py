@@ -130,11 +130,16 @@ def job(v: Answer) -> str:
 
 
 def finished(v: Answer) -> str:
-    return job(v) + f"\nresults: {v['results']}"
+    return "\n".join([job(v), f"results: {v['results']}", *_failed(v.get("results_failed", []))])
 
 
 def results(v: Answer) -> str:
-    return f"{v['folder']}  {v['tasks']} task(s), {v['files']} file(s), {size(v['bytes'])}"
+    done = f"{v['folder']}  {v['tasks']} task(s), {v['files']} file(s), {size(v['bytes'])}"
+    return "\n".join([done, *_failed(v.get("failed", []))])
+
+
+def _failed(tasks: list[Answer]) -> list[str]:
+    return [f"the result of task {t['index']} could not be written: {t['why']}" for t in tasks]
 
 
 def nodes(v: Answer) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from p2pgrid.errors import Misused, NotAuthorised
+from p2pgrid.dht.manifest import Tree
+from p2pgrid.dht.publish import publish_tree
+from p2pgrid.errors import Conflict, Misused, NotAuthorised
 from p2pgrid.node import disks, jobs
 from tests.lone_node import Lone, open_lone
 from tests.shell.test_attempt import a_disk
@@ -81,3 +84,38 @@ async def test_who_is_no_submitter_is_told_so_before_anything_is_cut(tmp_path):
         with pytest.raises(NotAuthorised):
             await jobs.submit(lone.node, {"disk": "d", "script": str(script(tmp_path)), "inputs": []}, told)
         assert untouched(lone)
+
+
+async def test_one_bad_result_spoils_no_other(tmp_path):
+    results = [a_result(tmp_path, f"r{n}") for n in range(3)]
+    async with open_lone(tmp_path / "home") as lone:
+        made = [publish_tree(lone.node.store, folder, lone.node.identity.signing_key) for folder in results]
+        bad = lone.node.store.shelf(Tree.decode(lone.node.store.get_object(made[1].datum)).pack)
+        with (bad._folder / "frames").open("r+b") as frames:
+            frames.write(b"\0" * 40)
+        lone.node.coordinator = SimpleNamespace(job=answering(*(str(m.datum) for m in made)))
+        out = tmp_path / "out"
+        brought = await jobs.results(lone.node, {"job": "j", "out": str(out)}, told)
+        assert (brought["tasks"], [t["index"] for t in brought["failed"]]) == (2, [1])
+        assert sorted(p.name for p in out.iterdir()) == ["0", "2"]
+        assert (out / "2" / "answer").read_bytes() == b"r2" * 100_000
+        with pytest.raises(Conflict, match="0; name another"):
+            await jobs.results(lone.node, {"job": "j", "out": str(out)}, told)
+
+
+def a_result(folder: Path, name: str) -> Path:
+    (folder / name).mkdir()
+    (folder / name / "answer").write_bytes(name.encode() * 100_000)
+    return folder / name
+
+
+def answering(*data: str) -> Any:
+    tasks = [
+        SimpleNamespace(index=n, outcome=SimpleNamespace(result=SimpleNamespace(datum=datum)))
+        for n, datum in enumerate(data)
+    ]
+
+    async def job(which: str) -> Any:
+        return SimpleNamespace(tasks=tasks)
+
+    return job
