@@ -267,14 +267,15 @@ class Swarm:
         peer = self._peers.get(id_)
         if peer is None:
             return
+        news: dict[int, int] = {}
         for index in told:
-            if not 0 <= index < len(self._lengths) or peer.has(index) or peer.hopeless(index):
-                continue
-            block, bit = index // BLOCK, 1 << index % BLOCK
-            peer.have[block] |= bit
+            if 0 <= index < len(self._lengths) and not peer.has(index) and not peer.hopeless(index):
+                news[index // BLOCK] = news.get(index // BLOCK, 0) | 1 << index % BLOCK
+        for block, bits in news.items():
+            peer.have[block] |= bits
             peer.useful |= 1 << block
             if not peer.stalls:
-                self._rarity.add(block, bit)
+                self._rarity.add(block, bits)
         if peer.order in self._idle:
             self._tries[peer.order] = peer
 
