@@ -42,7 +42,7 @@ WORTH = 0.5
 
 
 class NotLike(Exception):
-    """The parent is the very same content, in a pack of somebody else."""
+    """The disk is not what the coding takes it for; or the parent is the very same, by somebody else."""
 
 
 @attrs.frozen
@@ -65,7 +65,7 @@ def find_parent(
     """The pack here that most resembles a space of `size` bytes with chunks at `positions`."""
     if size < SIZE_MIN:
         return None
-    sample = list(_sample(size, positions, read))
+    sample = list(sampled(size, positions, read))
     names = [digest(plain) for plain in sample]
 
     def shared(shelf: Shelf) -> tuple[int, bytes]:
@@ -98,7 +98,7 @@ def as_parent(store: Store, shelf: Shelf, progress: Progress | None = None) -> P
     return Parent(shelf, known)
 
 
-def _sample(size: int, positions: Sequence[int], read: Read) -> Iterator[bytearray]:
+def sampled(size: int, positions: Sequence[int], read: Read) -> Iterator[bytearray]:
     """Chunks evenly from all over, without holes."""
     count = len(positions)
     for nth in range(min(SAMPLE, count)):

@@ -277,7 +277,7 @@ class _Sheet:
 
     def write(self, pieces: list[_Piece]) -> None:
         """Append what a thread found next."""
-        if any(isinstance(piece.frame, _Fresh) for piece in pieces):
+        if any(isinstance(piece.frame, _Fresh) and piece.frame.frame for piece in pieces):
             self._store.check_room(self._offset, self._offset)
         for piece in pieces:
             if piece.name is None:
@@ -310,8 +310,9 @@ class _Sheet:
         match made:
             case _Fresh(frame, name):
                 length = len(frame)
-                with explained(self._path, length):
-                    write_all(self._fd, frame, self._offset)
+                if frame:
+                    with explained(self._path, length):
+                        write_all(self._fd, frame, self._offset)
             case _Old(shelf, place):
                 length, name = shelf.frames.lengths[place], shelf.frames.digests[place]
                 self._open_places.append((self._offset, made))

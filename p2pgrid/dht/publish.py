@@ -11,6 +11,7 @@ import itertools
 import os
 import stat
 import time
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import attrs
 from nacl.signing import SigningKey
 
+from p2pgrid.dht.again import known_in, same_coding
 from p2pgrid.dht.chunker import positions
 from p2pgrid.dht.files import explained
 from p2pgrid.dht.image import Image, open_image
@@ -36,6 +38,7 @@ from p2pgrid.dht.manifest import (
 )
 from p2pgrid.dht.objects import recipe_pages_max
 from p2pgrid.dht.press import Coding, Pressed, Progress, full_coding, press
+from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.skip_free import SkipFree
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import Misused, NotFound, Temporary
@@ -121,10 +124,8 @@ def publish_disk(
         file.close()
     if upon is None:
         return published
-    both = pressed.wire_bytes + upon.shelf.size
-    return attrs.evolve(
-        published, wire_bytes=both, parent=upon.shelf.layout.cid, delta_bytes=pressed.wire_bytes
-    )
+    both = pressed.wire_bytes + upon.size
+    return attrs.evolve(published, wire_bytes=both, parent=upon.layout.cid, delta_bytes=pressed.wire_bytes)
 
 
 def _press_disk(
@@ -134,30 +135,39 @@ def _press_disk(
     progress: Progress | None,
     wanted: Cid | Auto | None,
     stack: contextlib.ExitStack,
-) -> tuple[Pressed, Parent | None]:
-    """The disk's pack or delta, in a folder that lasts as long as `stack`; and what it is told by."""
+) -> tuple[Pressed, Shelf | None]:
+    """The disk's pack or delta, in a folder that lasts as long as `stack`; and the pack it is told by."""
+    places = array("I", positions(image.size, image.extents()))
 
     def pressed(coding: Coding) -> Pressed:
         staged = stack.enter_context(store.staging())
-        places = positions(image.size, image.extents())
         return press(store, image.size, places, image.read_into, coding, staged, progress)
 
-    upon = _parent(store, image, progress, wanted)
-    if upon is not None:
+    def fits(shelf: Shelf) -> bool:
+        upon = None if shelf.parent is None else shelf.parent.layout.cid
+        return isinstance(wanted, Auto) or upon == wanted
+
+    before = known_in(store, key, image.size, places, image.read_into, fits)
+    if before:
         with contextlib.suppress(NotLike):
-            done = pressed(delta_coding(store, key, upon))
-            if done.pack == upon.shelf.pack:
-                return attrs.evolve(done, wire_bytes=upon.shelf.size), None
-            if upon.worth(done):
-                return done, upon
+            done = pressed(same_coding(before))
+            shelf = next(shelf for shelf in before if shelf.pack == done.pack)
+            return attrs.evolve(done, wire_bytes=shelf.size), shelf.parent
+    parent = _parent(store, image, places, progress, wanted)
+    if parent is not None:
+        with contextlib.suppress(NotLike):
+            done = pressed(delta_coding(store, key, parent))
+            if done.pack == parent.shelf.pack:
+                return attrs.evolve(done, wire_bytes=parent.shelf.size), None
+            if parent.worth(done):
+                return done, parent.shelf
     return pressed(full_coding(store, key)), None
 
 
 def _parent(
-    store: Store, image: Image, progress: Progress | None, wanted: Cid | Auto | None
+    store: Store, image: Image, places: Sequence[int], progress: Progress | None, wanted: Cid | Auto | None
 ) -> Parent | None:
     if isinstance(wanted, Auto):
-        places = list(positions(image.size, image.extents()))
         return find_parent(store, image.size, places, image.read_into, progress)
     if wanted is None:
         return None
