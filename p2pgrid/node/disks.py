@@ -90,7 +90,8 @@ class Ticker:
 
     @contextlib.asynccontextmanager
     async def telling(self) -> AsyncIterator[None]:
-        """Tell how far it is while the block runs, and that it is done when it ends well."""
+        """Tell how far it is before, while the block runs, and that it is done when it ends well."""
+        await self._tell(self._event())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
             yield
