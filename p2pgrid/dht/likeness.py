@@ -16,8 +16,8 @@ Tridgell, 1999); of both only those whose hash begins with `RARE` zero bits, so 
 sides choose the same ones without knowing of each other (Manber, 1994).
 
 What moved moves together.  A vote for parent block p by block t is also one, `FADE` times
-weaker for each step, that t+1 resembles p+1.  So a mark every other block is enough, where
-without it ten times as many were not.
+weaker for each step, that t+1 resembles p+1.  So two marks in a block are enough, where without
+it eight were too few (`docs/decisions/0010-deltas.md`).
 
 Blocks stand in the dictionary as they stand in the chunk, so runs of equal ones are one
 match at one distance, whatever order the parent has them in.
@@ -255,12 +255,16 @@ class Likeness:
             at, marks = _marks(plain[phase : phase - _PHASES].copy().view(np.uint64), 1)
             ours.append(new[at // _WORDS])
             found.append(marks)
-        low, high = _span(self._marks, np.concatenate(found))
+        # Each mark once for a block: what repeats itself would bring millions.
+        both = np.unique(
+            np.concatenate(found).astype(np.uint64) << 32 | np.concatenate(ours).astype(np.uint64)
+        )
+        low, high = _span(self._marks, (both >> 32).astype(np.uint32))
         count = high - low
         which = np.repeat(np.arange(len(count)), count)
         nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
         theirs = self._places[low[which] + nth].astype(np.int64)
-        pairs = _summed(np.concatenate(ours)[which], theirs, 1.0 / count[which])
+        pairs = _summed((both & 0xFFFFFFFF).astype(np.int64)[which], theirs, 1.0 / count[which])
         if len(pairs[0]) <= HITS_MAX:
             return pairs
         kept = np.argsort(-pairs[2], kind="stable")[:HITS_MAX]

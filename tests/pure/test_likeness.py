@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -127,6 +128,23 @@ def test_what_repeats_itself_is_bounded():
     told(same, 0, likeness, parent)
     told(same[5:] + same[:5], 0, likeness, parent)
     told((line * 6000)[7 : CHUNK_SIZE + 7], 0, likeness, parent)
+
+
+def test_a_mark_that_is_rare_in_the_parent_and_common_in_the_chunk_is_bounded():
+    """8 bytes over and over have the same mark at every 8th byte of the chunk."""
+    words = [random.Random(n).randbytes(8) for n in range(400)]
+    parent = b"".join(word * 34 + RNG.randbytes(BLOCK - 8 * 34) for word in words)
+    likeness = Likeness.of(pieces(parent))
+    marked = [word * (CHUNK_SIZE // 8) for word in words if likeness.ranges(word * 1000, 0)]
+    assert marked
+    for plain in marked:
+        tracemalloc.start()
+        try:
+            likeness.ranges(plain, 0)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 8 << 20
 
 
 def test_an_empty_parent_resembles_nothing():
