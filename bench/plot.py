@@ -13,6 +13,7 @@ failed keeps its line, and says so.  What the figures mean: `bench/scenario.py`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ from bench.peers import PEERS
 FIGURES = Path(__file__).parents[1] / "docs" / "explanation" / "figures"
 OURS, OTHERS = ("#b2182b", "#ef8a62", "#fddbc7", "#f7d5c4"), ("#2166ac", "#67a9cf", "#b8d8ea", "#d5e6f0")
 """Colours of p2pgrid's bars and of everybody else's, for the first bar of a system, the second …"""
+GAP = 3
 Row = dict[str, Any]
 
 
@@ -99,6 +101,7 @@ def plot(rows: Iterable[Row], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "p2pgrid"  # the same rows, the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for picture in pictures(rows):
@@ -121,7 +124,7 @@ def _draw(picture: Picture) -> Any:
     size = (3.4 * len(picture.panels) + 1.4, 1.1 + (0.2 * len(bars) + 0.16) * len(systems))
     figure, axes = pyplot.subplots(1, len(picture.panels), sharey=True, figsize=size, layout="constrained")
     for axis, panel in zip(axes, picture.panels, strict=True):
-        most = max((row.get(panel.key, 0) / panel.unit for row in found.values()), default=0) or 1
+        most = _most([row[panel.key] / panel.unit for row in found.values() if panel.key in row])
         for line, system in enumerate(systems):
             for place, bar in enumerate(bars):
                 if row := found.get((system, bar)):
@@ -139,6 +142,15 @@ def _draw(picture: Picture) -> Any:
     return figure
 
 
+def _most(values: list[float]) -> float:
+    """Where the axis ends: bars more than `GAP` times longer than all others are cut off, for their sake."""
+    ranked = sorted(values)
+    for shorter, longer in itertools.pairwise(ranked[len(ranked) // 2 :]):
+        if longer > GAP * shorter > 0:
+            return shorter
+    return (ranked or [0])[-1] or 1.0
+
+
 def _bar(axis: Any, panel: Panel, row: Row, at: float, height: float, most: float, place: int) -> None:
     value = row.get(panel.key)
     if value is None:
@@ -147,9 +159,10 @@ def _bar(axis: Any, panel: Panel, row: Row, at: float, height: float, most: floa
         return
     colours = OURS if row["system"].startswith("p2pgrid") else OTHERS
     value /= panel.unit
-    axis.barh(at, value, height * 0.92, color=colours[min(place, len(colours) - 1)])
+    shown = min(value, most * 1.08)
+    axis.barh(at, shown, height * 0.92, color=colours[min(place, len(colours) - 1)])
     text = f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-    axis.text(value + most * 0.01, at, text, va="center", fontsize=6.5)
+    axis.text(shown + most * 0.01, at, f"… {text}" if shown < value else text, va="center", fontsize=6.5)
 
 
 def _medians(picture: Picture) -> dict[tuple[str, str], Row]:

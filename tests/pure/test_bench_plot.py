@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.plot import _medians, pictures, plot, tables
+from bench.plot import _medians, _most, pictures, plot, tables
 
 
 def row(system: str, **facts: Any) -> dict[str, Any]:
@@ -59,3 +59,10 @@ def test_tables_tell_every_row_and_why_one_is_missing():
     assert "| http | N = 1 | 9.0 | 1.00 | 500.0 | 100 |" in page
     assert "| zsync | N = 1 | failed: no/way |" in page
     assert page.count("\n## ") == 3
+
+
+def test_an_axis_ends_where_one_bar_would_dwarf_the_rest():
+    assert _most([1.0, 4.0, 10.0, 28.0, 97.0]) == 28.0
+    assert _most([1.0, 9.0, 12.0, 30.0]) == 30.0
+    assert _most([5.0]) == 5.0
+    assert _most([0.0]) == _most([]) == 1.0
