@@ -37,8 +37,14 @@ CANDIDATES = 3
 """Packs whose likeness is looked at: it takes seconds to make for each GiB."""
 ALIKE = 0.5
 """Share of the sample that a parent must have."""
+SURE = 0.9
+"""Share of the sample that a pack has chunk by chunk, and need not be compared with others."""
 WORTH = 0.5
 """Share of a full pack's bytes that a delta may have."""
+
+
+LOST = (ChunkCorrupt, NotFound, VerificationFailed)
+"""What is raised where a parent is not what it was taken for, or is dropped meanwhile."""
 
 
 class NotLike(Exception):
@@ -77,6 +83,8 @@ def find_parent(
     best, found = ALIKE, None
     for shelf in sorted(full, key=shared)[:CANDIDATES]:
         parent = as_parent(store, shelf, progress)
+        if parent is not None and -shared(shelf)[0] >= SURE * len(names) > 0:
+            return parent
         if parent is not None and (share := parent.likeness.resemblance(sample)) > best:
             best, found = share, parent
     return found
@@ -91,7 +99,7 @@ def as_parent(store: Store, shelf: Shelf, progress: Progress | None = None) -> P
     if known is None:
         try:
             known = Likeness.of(_chunks(shelf, progress))
-        except (ChunkCorrupt, NotFound, VerificationFailed):
+        except LOST:
             return None
         with contextlib.suppress(NoSpace, NotFound, OSError):
             store.keep_beside(shelf, "likeness", known.save)

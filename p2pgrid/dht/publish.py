@@ -23,7 +23,7 @@ from p2pgrid.dht.again import known_in, same_coding
 from p2pgrid.dht.chunker import positions
 from p2pgrid.dht.files import explained
 from p2pgrid.dht.image import Image, open_image
-from p2pgrid.dht.lineage import NotLike, Parent, as_parent, delta_coding, find_parent
+from p2pgrid.dht.lineage import LOST, NotLike, Parent, as_parent, delta_coding, find_parent
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     OBJECT_MAX,
@@ -155,7 +155,7 @@ def _press_disk(
             return attrs.evolve(done, wire_bytes=shelf.size), shelf.parent
     parent = _parent(store, image, places, progress, wanted)
     if parent is not None:
-        with contextlib.suppress(NotLike):
+        with contextlib.suppress(NotLike, *LOST):
             done = pressed(delta_coding(store, key, parent))
             if done.pack == parent.shelf.pack:
                 return attrs.evolve(done, wire_bytes=parent.shelf.size), None

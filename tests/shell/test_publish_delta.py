@@ -131,6 +131,22 @@ def test_likeness_counts_and_outlives_the_store(versions: Versions, store: Store
         assert again.used() == sum(p.stat().st_size for p in files if p.name not in marks)
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_parent_that_rots_is_left_out(when: str, versions: Versions, store: Store, tmp_path: Path):
+    old = publish_disk(store, versions.old, KEY)
+    if when == "meanwhile":  # its likeness is known, so nobody looks at it before it is read
+        store.drop(publish_disk(store, versions.new, KEY).datum)
+    (pack,) = (store.root / "packs").iterdir()
+    with (pack / "frames").open("r+b") as file:
+        for at in range(0, old.wire_bytes - 10, 100_000):
+            file.seek(at)
+            file.write(b"rot!")
+    store.shelves()[0]._plain.clear()
+    put = publish_disk(store, versions.afresh, KEY)
+    assert put.parent is None
+    assert is_same(store, put, versions.afresh, tmp_path)
+
+
 def test_a_parent_of_another_signer_will_do(versions: Versions, store: Store, tmp_path: Path):
     theirs = publish_disk(store, versions.old, OTHER)
     put = publish_disk(store, versions.new, KEY)
