@@ -58,6 +58,8 @@ OBJECT_PATIENCE = 15.0
 GATHER = 0.025
 """Seconds that reports of links wait for more of them: a step and a message for each would cost
 as much as the bytes.  Peers are asked for more than arrives in that time, once they are at it."""
+GATHERED = 16
+"""Reports that are not waited with: a fast peer brings all it was asked for within `GATHER`."""
 GATHER_FIRST = 0.005
 """The same while somebody has not brought `FIRST` bytes: it is asked for little, and would be idle."""
 FIRST = 2 << 20
@@ -118,6 +120,7 @@ class Download:
         self._lock = threading.Lock()
         self._reports: list[tuple[Shelf, Event]] = []
         self._reported = trio.Event()
+        self._gathered = trio.Event()
         self._inbox: trio.MemorySendChannel[Sequence[Event]] | None = None
         self._top: Shelf | None = None
         """The datum's own."""
@@ -318,9 +321,11 @@ class Download:
     def report(self, shelf: Shelf, event: Event) -> None:
         with self._lock:
             self._reports.append((shelf, event))
-            if len(self._reports) > 1:
-                return  # whoever was first has called already
-        self._token.run_sync_soon(self._ring_reported)
+            count = len(self._reports)
+        if count == 1:
+            self._token.run_sync_soon(self._ring_reported)
+        elif count == GATHERED:
+            self._token.run_sync_soon(self._ring_gathered)
 
     def fail(self, error: GridError) -> None:
         self._token.run_sync_soon(self._give_up, error)
@@ -342,11 +347,14 @@ class Download:
     def _ring_reported(self) -> None:
         self._reported.set()
 
+    def _ring_gathered(self) -> None:
+        self._gathered.set()
+
     async def _collect(self) -> None:
         """Take what links report, a moment's worth at a time, and let the swarm decide."""
         while True:
             await self._reported.wait()
-            self._reported = trio.Event()
+            self._reported, self._gathered = trio.Event(), trio.Event()
             with self._lock:
                 reports, self._reports = self._reports, []
             # What was under way when its pack was complete has indices of another one.
@@ -361,7 +369,8 @@ class Download:
             if self._fresh:
                 self._freshly.set()
             self._feed(events)
-            await trio.sleep(GATHER_FIRST if any(map(self._is_first, events)) else GATHER)
+            with trio.move_on_after(GATHER_FIRST if any(map(self._is_first, events)) else GATHER):
+                await self._gathered.wait()
 
     def _is_first(self, event: Event) -> bool:
         """Whether it is about a peer that has not shown yet what it can do."""
