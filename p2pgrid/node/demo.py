@@ -131,10 +131,6 @@ def _end(running: list[subprocess.Popen[bytes]]) -> None:
 
 def _main_job(homes: list[Path], folder: Path, disk: Path, bars: Bars) -> dict[str, Any]:
     """Put, run as an array with one task a worker, wait, bring home."""
-
-    def watch(event: dict[str, Any]) -> None:
-        bars.show(event["phase"], event["done"], event["total"], event.get("note", ""))
-
     coordinator = homes[0]
     script, greeting = folder / "job.sh", folder / "greeting.txt"
     script.write_text(SCRIPT)
@@ -143,7 +139,7 @@ def _main_job(homes: list[Path], folder: Path, disk: Path, bars: Bars) -> dict[s
         coordinator,
         "put",
         {"path": str(disk), "name": "tiny", "replica": 1, "wait": False},
-        watch,
+        bars.event,
     )
     job = api.call(
         coordinator,
@@ -161,7 +157,7 @@ def _main_job(homes: list[Path], folder: Path, disk: Path, bars: Bars) -> dict[s
             "name": "demo",
         },
     )
-    view = api.call(coordinator, "job_wait", {"job": job["job"], "patience": None}, watch)
+    view = api.call(coordinator, "job_wait", {"job": job["job"], "patience": None}, bars.event)
     brought = api.call(coordinator, "job_results", {"job": job["job"], "out": str(folder / "results")})
     putter = api.call(coordinator, "status")["peer"]
     return {
