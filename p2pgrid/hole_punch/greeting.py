@@ -19,7 +19,7 @@ from p2pgrid.hole_punch.tls import Tls
 
 log = structlog.get_logger(__name__)
 
-UNSENT = 256 << 10
+UNSENT = 64 << 10
 """Bytes that the kernel takes beyond those under way: what lies there can no longer be chosen."""
 
 

@@ -80,16 +80,19 @@ class Link:
         self._tls = tls
         self._rates = rates or Rates().link(private=True)
         self._framing = Framing()
-        self._queue: collections.deque[bytes] = collections.deque()
+        self._queue: collections.deque[tuple[bytes, ...]] = collections.deque()
+        self._bulk: collections.deque[tuple[bytes, ...]] = collections.deque()
+        """Messages that every other overtakes."""
         self._queued = 0
+        self._pieces: collections.deque[bytes] = collections.deque()
         self._begun = memoryview(b"")
-        """What is left of the piece that was taken from the queue last."""
+        """What is left of the message that was taken from a queue last: whole pieces, and of one piece."""
         self._sealed = 0
         self._lock = threading.Lock()
         self._closing = ""
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._asleep = self._rung = False
+        self._asleep = self._rung = self._nudged = False
         self.receiver = receive(self)
 
     def __repr__(self) -> str:
@@ -109,14 +112,18 @@ class Link:
         """Bytes queued below which the receiver is asked for more: less where a cap makes them wait long."""
         return int(min(LOW, max(RECORD, LOW_SECONDS * self._rates.up_rate)))
 
-    def send(self, *buffers: bytes) -> None:
-        """Queue one whole message; never blocks.  On a link that has ended it is lost."""
+    def send(self, *buffers: bytes, bulk: bool = False) -> None:
+        """Queue one whole message; never blocks.  On a link that has ended it is lost.
+
+        What is `bulk` is overtaken by all that is not, so that what peers tell each other is not as late
+        as what they send.
+        """
         length = sum(map(len, buffers))
         with self._lock:
             if self._closing:
                 return
-            self._queue.append(header(length) + buffers[0] if buffers else header(0))
-            self._queue.extend(buffers[1:])
+            message = (header(length) + buffers[0], *buffers[1:]) if buffers else (header(0),)
+            (self._bulk if bulk else self._queue).append(message)
             self._queued += HEADER + length
             if self._queued > QUEUE_MAX:
                 self._closing = "the peer does not read"
@@ -126,6 +133,12 @@ class Link:
         """End the link soon; `left` is called in its thread."""
         with self._lock:
             self._closing = self._closing or why
+            self._ring()
+
+    def wake(self) -> None:
+        """Have the receiver asked for more, though nothing happened here."""
+        with self._lock:
+            self._nudged = True
             self._ring()
 
     def _ring(self) -> None:
@@ -150,6 +163,7 @@ class Link:
                 self._closing = self._closing or why
                 self._asleep = False
                 self._queue.clear()
+                self._bulk.clear()
                 self._queued = 0
                 self._waker.close()
             self._woken.close()
@@ -175,7 +189,8 @@ class Link:
                 poll.modify(self._tls, interest)
             waits = [wait for wait in (again, reading or None, writing or None) if wait is not None]
             with self._lock:
-                if self._queue and not blocked and not writing:
+                nudged, self._nudged = self._nudged, False
+                if nudged or ((self._queue or self._bulk) and not blocked and not writing):
                     continue  # it came after the look at the queue, and rang nothing
                 self._asleep = not self._closing
             ready = poll.poll(math.ceil(1000 * min(waits)) if waits else None) if self._asleep else []
@@ -226,9 +241,11 @@ class Link:
         room = RECORD
         while room:
             if not self._begun:
-                if not self._queue:
-                    break
-                self._begun = memoryview(self._queue.popleft())
+                if not self._pieces:
+                    if not (queue := self._queue or self._bulk):
+                        break
+                    self._pieces.extend(queue.popleft())
+                self._begun = memoryview(self._pieces.popleft())
             part, self._begun = self._begun[:room], self._begun[room:]
             parts.append(part)
             room -= len(part)

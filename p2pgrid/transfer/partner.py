@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import attrs
 
 from p2pgrid.ids import PeerId
-from p2pgrid.transfer.pace import CHUNKS_MAX, CHUNKS_MIN, WAIT_MIN, Pace
+from p2pgrid.transfer.pace import CHUNKS_MAX, WAIT_MIN, Pace
 from p2pgrid.transfer.rarity import BLOCK, Blocks
 
 REFUSALS_MAX = 3
@@ -25,6 +25,8 @@ class Partner:
     id: PeerId
     order: int
     have: Blocks
+    whole: bool = False
+    """Whether it had everything when it said what it has: it holds back what it has sent to others."""
     useful: int = 0
     """The blocks, as bits, where it may have something wanted."""
     pace: Pace = attrs.Factory(Pace)
@@ -57,7 +59,11 @@ class Partner:
         chunks = len(self.asks)
         if self.stalls or not self.pace.rate:
             return not chunks
-        return chunks < CHUNKS_MIN or (chunks < CHUNKS_MAX and self.outstanding < self.pace.window)
+        return not chunks or (chunks < CHUNKS_MAX and self.outstanding < self.pace.window)
+
+    def quiet(self, index: int, now: float) -> float:
+        """Seconds since it was asked for `index`, or has brought something."""
+        return now - max(self.since, self.asks[index])
 
     def wait(self, size: int, typical: float, patience: float) -> float:
         """Seconds of silence at which it counts as stalled; `typical` is what others take."""

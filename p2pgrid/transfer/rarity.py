@@ -93,7 +93,8 @@ class Rarity:
 
     @property
     def nothing_wanted(self) -> bool:
-        return not self._levels
+        """Whether all that is wanted lies in blocks of which nobody has some of it."""
+        return not self._levels >> 1
 
     def holds(self, index: int) -> bool:
         return bool(self._held[index // BLOCK] >> index % BLOCK & 1)

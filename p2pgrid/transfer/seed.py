@@ -37,6 +37,7 @@ from p2pgrid.transfer.messages import (
     Request,
     encode,
 )
+from p2pgrid.transfer.slots import STUCK, Slots
 from p2pgrid.transfer.turns import Asks, Turns
 
 TOPICS_MAX = 1024
@@ -56,6 +57,7 @@ class Audience:
         self._lock = threading.Lock()
         self._topics: dict[Cid, dict[tuple[Link, int], None]] = {}
         self._turns: dict[Cid, Turns] = {}
+        self.slots: Slots[Link] = Slots()
 
     def join(self, pack: Cid, link: Link, topic: int) -> None:
         with self._lock:
@@ -68,7 +70,7 @@ class Audience:
             if not topics:
                 self._topics.pop(pack, None)
 
-    def turns(self, pack: Cid, count: int) -> Turns:
+    def turns(self, pack: Cid, count: int, whole: bool = True) -> Turns:
         """What was sent of the pack, of `count` chunks, to those who have it open.
 
         It is remembered for a moment longer: whoever comes just after the last one left can
@@ -78,7 +80,9 @@ class Audience:
             now = self.now()
             for other in [p for p, t in self._turns.items() if p not in self._topics and t.quiet(now)]:
                 del self._turns[other]
-            return self._turns.setdefault(pack, Turns(count))
+            if pack not in self._turns:
+                self._turns[pack] = Turns(count, whole)
+            return self._turns[pack]
 
     def of(self, pack: Cid) -> list[tuple[Link, int]]:
         with self._lock:
@@ -154,20 +158,38 @@ class Seeding:
 
         Returns the seconds after which there is more to send, if nothing else happens before.
         """
-        while self._link.queued < self._link.low:
+        slots, link, wait = self._audience.slots, self._link, None
+        slots.update(link, link.queued, self._audience.now())
+        while link.queued < link.low:
+            now = self._audience.now()
             if self._objects:
                 self._send_object(self._objects.popleft())
             elif self._refusals:
                 request, _ = self._refusals.popitem(last=False)
-                self._link.send(*encode(Refuse(*request)))
-            elif not self._send_frame():
-                due = min((t.asks.due for t in self._topics.values() if t.asks is not None), default=math.inf)
-                return None if due == math.inf else max(0.0, due - self._audience.now())
-        return None
+                link.send(*encode(Refuse(*request)))
+            elif (due := self._due()) > now:
+                slots.pause(link)
+                wait = None if due == math.inf else due - now
+                break
+            elif not slots.may(link, now):
+                wait = STUCK
+                break
+            else:
+                self._send_frame(now)
+            slots.update(link, link.queued, now)
+        first = slots.first(self._audience.now())
+        if first is not None and first is not link:
+            first.wake()
+        return wait
+
+    def _due(self) -> float:
+        """When there is a frame to send."""
+        return min((t.asks.due for t in self._topics.values() if t.asks is not None), default=math.inf)
 
     def end(self) -> None:
         for topic in list(self._topics):
             self._close(topic)
+        self._audience.slots.leave(self._link)
 
     def _open(self, topic: int, pack: Cid) -> None:
         known = self._topics.setdefault(topic, _Topic(pack))
@@ -195,7 +217,7 @@ class Seeding:
             count = len(shelf.frames.lengths)
             here = [index for index in indices if index < count and shelf.holds(index)]
             if known.asks is None:
-                known.asks = self._audience.turns(known.pack, count).join(self._link.peer)
+                known.asks = self._audience.turns(known.pack, count, shelf.complete).join(self._link.peer)
             known.asks.ask(here)
         if len(here) < len(indices):
             self._refusals.update(dict.fromkeys((topic, index) for index in set(indices) - set(here)))
@@ -212,16 +234,14 @@ class Seeding:
         except (BadObject, WorldError):
             return None
 
-    def _send_frame(self) -> bool:
-        """Send one frame, topics in turn; False where all that is asked for has to wait."""
-        now = self._audience.now()
+    def _send_frame(self, now: float) -> None:
+        """Send one frame, topics in turn, unless all that is asked for has to wait."""
         for topic, known in self._topics.items():
             index = known.asks.next(now) if known.asks is not None else None
             if index is not None:
                 self._topics.move_to_end(topic)
                 self._send(topic, known.pack, index)
-                return True
-        return False
+                return
 
     def _send(self, topic: int, pack: Cid, index: int) -> None:
         shelf = self._shelf(pack)
@@ -232,7 +252,7 @@ class Seeding:
         except (ChunkCorrupt, WorldError):
             self._link.send(*encode(Refuse(topic, index)))
             return
-        self._link.send(*encode(Frame(topic, index, frame)))
+        self._link.send(*encode(Frame(topic, index, frame)), bulk=True)
         self._sent(len(frame))
 
     def _send_object(self, cid: Cid) -> None:
@@ -241,4 +261,4 @@ class Seeding:
         except WorldError:
             self._link.send(*encode(NoObject(cid)))
             return
-        self._link.send(*encode(Object(cid, data)))
+        self._link.send(*encode(Object(cid, data)), bulk=True)

@@ -49,6 +49,8 @@ LOOK_MAX = 64
 """Overdue chunks looked at in one go."""
 GAIN_MIN = 1.0
 """Seconds that asking a second peer has to win."""
+USUAL = 1.0
+"""Seconds that a chunk is thought to take while nobody has brought one."""
 DUPLICATES = 0.02
 """Share of the bytes that may be asked of two peers at once."""
 
@@ -169,7 +171,7 @@ class Swarm:
         self._released = 0  # blocks where something became wanted again, in this step
         self._alarms = Alarms()
         self._look_at = math.inf
-        self._twice: set[int] = set()  # asked of an idle peer, too
+        self._extra: dict[int, int] = {}  # how many idle peers are asked for it, too
         self._doubled = 0  # bytes of them, those that are here by now included
         self._doubled_max = max(int(DUPLICATES * sum(lengths)), 8 * max(lengths, default=0))
         self._typical = math.inf  # seconds from an ask to its chunk, over all peers
@@ -259,6 +261,7 @@ class Swarm:
             peer.have = have
             for index in [i for i in peer.asks if not peer.has(i)]:
                 self._withdraw(peer, index)
+        peer.whole = sum(bits.bit_count() for bits in have) == len(self._lengths)
         self._count(peer)
         peer.useful = (1 << len(have)) - 1
         self._tries[peer.order] = peer
@@ -268,16 +271,26 @@ class Swarm:
         if peer is None:
             return
         news: dict[int, int] = {}
-        for index in told:
-            if 0 <= index < len(self._lengths) and not peer.has(index) and not peer.hopeless(index):
-                news[index // BLOCK] = news.get(index // BLOCK, 0) | 1 << index % BLOCK
+        fresh = [i for i in told if 0 <= i < len(self._lengths) and not (peer.has(i) or peer.hopeless(i))]
+        for index in fresh:
+            news[index // BLOCK] = news.get(index // BLOCK, 0) | 1 << index % BLOCK
         for block, bits in news.items():
             peer.have[block] |= bits
             peer.useful |= 1 << block
             if not peer.stalls:
                 self._rarity.add(block, bits)
+        if not peer.stalls:
+            for index in fresh:
+                if index in self._asked:
+                    self._prefer(peer, index)
         if peer.order in self._idle:
             self._tries[peer.order] = peer
+
+    def _prefer(self, peer: Partner, index: int) -> None:
+        """`peer` has what a seeder is asked for, who holds it back now: have it from here."""
+        if peer.room and self._expected(peer, peer.outstanding + self._lengths[index]) < GAIN_MIN:
+            for other in [p for p in self._asked.get(index, ()) if p.whole]:
+                self._withdraw(other, index)
 
     def _left(self, id_: PeerId) -> None:
         peer = self._peers.pop(id_, None)
@@ -368,10 +381,12 @@ class Swarm:
         if not askers:
             del self._asked[index]
         if not self._rarity.holds(index):
-            if index in self._twice:
+            if self._extra.get(index):
+                self._extra[index] -= 1
                 self._doubled -= self._lengths[index]
             self._want(index)
-        self._twice.discard(index)
+        if not askers or not self._extra.get(index):
+            self._extra.pop(index, None)
 
     def _withdraw(self, peer: Partner, index: int) -> None:
         self._effects.append(Withdraw(peer.id, index))
@@ -439,7 +454,7 @@ class Swarm:
             self._released = 0
             self._tries.update(self._idle)
         tries, self._tries = self._tries, {}
-        for peer in sorted(tries.values(), key=lambda p: (p.stalls, -p.pace.rate, p.order)):
+        for peer in sorted(tries.values(), key=lambda p: (p.stalls, p.whole, -p.pace.rate, p.order)):
             asked = self._fill(peer, now)
             if asked:
                 self._effects.append(Ask(peer.id, tuple(asked)))
@@ -501,13 +516,17 @@ class Swarm:
             )
             if remaining <= 2 * cost:
                 continue
-            if peer.pace.rate and index != next(iter(slow.asks)):
+            if peer.pace.rate and index != next(iter(slow.asks)) and index not in self._extra:
                 self._withdraw(slow, index)
                 self._rarity.unwant(index // BLOCK, 1 << index % BLOCK)
-            elif peer.pace.rate and (not self._rarity.nothing_wanted or remaining - cost < GAIN_MIN):
+            elif not self._rarity.nothing_wanted or (
+                peer.pace.rate and remaining - cost < max(GAIN_MIN, 2 * self._typical)
+            ):
                 continue
-            elif self._doubled + self._lengths[index] <= self._doubled_max:
-                self._twice.add(index)
+            elif self._doubled + self._lengths[index] <= self._doubled_max >> (
+                slow.quiet(index, now) < 2 * USUAL
+            ):
+                self._extra[index] = self._extra.get(index, 0) + 1
                 self._doubled += self._lengths[index]
             else:
                 continue
@@ -517,10 +536,10 @@ class Swarm:
 
     def _expected(self, peer: Partner, size: int) -> float:
         """Seconds until `size` bytes would be here from `peer`; what is usual, until it has shown."""
-        return peer.pace.expected(size) if peer.pace.rate else self._typical
+        return peer.pace.expected(size) if peer.pace.rate else min(self._typical, USUAL)
 
     def _remaining(self, now: float) -> Iterator[tuple[float, int, Partner, int]]:
-        """(seconds until it is likely to be here, order, peer, index) of what is asked once."""
+        """(seconds until it is likely to be here, order, who was asked last, index) of what is asked."""
         order = 0
         for peer in self._peers.values():
             if peer.stalls:
@@ -528,10 +547,13 @@ class Swarm:
             before = 0
             for index in peer.asks:
                 before += self._lengths[index]
-                if index in self._twice:
-                    continue
-                expected = peer.pace.expected(before) if peer.pace.rate else self._typical
-                silence = max(0.0, now - peer.since - expected)
+                expected = self._expected(peer, before)
+                since = peer.since
+                if index in self._extra:
+                    if peer is not self._asked[index][-1]:
+                        continue
+                    since = max(since, peer.asks[index])
+                silence = max(0.0, now - since - expected)
                 order += 1
                 yield expected + silence, order, peer, index
 

@@ -39,10 +39,12 @@ FRESH_MAX = 64
 class Turns:
     """What was sent of one pack of `count` chunks: what at all, and to whom lately."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, whole: bool = True) -> None:
         self._count = count
+        self.whole = whole
+        """Whether all was here from the beginning: only who has what nobody else has holds anything back."""
         self._lock = threading.Lock()
-        self._sent = bytearray(-(-count // 8))
+        self._copies = bytearray(count)
         self.fresh: Counter[int] = Counter()
         """How many ask for what was sent to nobody."""
         self._lately: OrderedDict[int, tuple[float, PeerId]] = OrderedDict()  # in the order of sending
@@ -59,8 +61,9 @@ class Turns:
 
     # --- with the lock held ---
 
-    def was_sent(self, index: int) -> bool:
-        return bool(self._sent[index >> 3] >> (index & 7) & 1)
+    def copies(self, index: int) -> int:
+        """How often `index` was sent."""
+        return self._copies[index]
 
     def sent_to_others(self, index: int, peer: PeerId) -> float:
         """When `index` was sent last; long ago, if that was to `peer`, who lost it then."""
@@ -68,18 +71,18 @@ class Turns:
         return at if to != peer else -math.inf
 
     def send(self, index: int, peer: PeerId, now: float) -> None:
-        self._sent[index >> 3] |= 1 << (index & 7)
+        self._copies[index] = min(255, self._copies[index] + 1)
         self.fresh.pop(index, None)
         self._lately[index] = now, peer
         self._lately.move_to_end(index)
         self._forget(now)
 
     def want(self, index: int) -> None:
-        if not self.was_sent(index):
+        if not self._copies[index]:
             self.fresh[index] += 1
 
     def unwant(self, index: int) -> None:
-        if not self.was_sent(index):
+        if not self._copies[index]:
             self.fresh[index] -= 1
             if not self.fresh[index]:
                 del self.fresh[index]
@@ -102,7 +105,8 @@ class Asks:
         self._lock = lock
         self._fresh: OrderedDict[int, None] = OrderedDict()  # sent to nobody, when it was looked at
         self._waiting: set[int] = set()
-        self._heap: list[tuple[float, int]] = []  # when each of them was sent, or earlier; and stale ones
+        self._held: list[tuple[float, int]] = []  # heap: when each was sent, or earlier; and stale ones
+        self._due: list[tuple[int, int]] = []  # heap: those held for long enough, by copies; and stale ones
         self._in_a_row = 0
         self._since = math.inf
         """When it began to wait, since it was last looked at."""
@@ -133,11 +137,11 @@ class Asks:
                 self._turns.unwant(index)
             elif index in self._waiting:
                 self._waiting.remove(index)
-                self._passed = 0.0
-                if len(self._heap) > 2 * len(self._waiting) + 64:
-                    kept = {i: at for at, i in self._heap if i in self._waiting}
-                    self._heap = [(at, i) for i, at in kept.items()]
-                    heapq.heapify(self._heap)
+                self._passed = self._idle = 0.0
+                if len(self._held) + len(self._due) > 2 * len(self._waiting) + 64:
+                    self._held = [(self._turns.sent_to_others(i, self._peer), i) for i in self._waiting]
+                    heapq.heapify(self._held)
+                    self._due.clear()
 
     def leave(self) -> None:
         """The peer asks for nothing any more."""
@@ -146,7 +150,8 @@ class Asks:
                 self._turns.unwant(index)
             self._fresh.clear()
             self._waiting.clear()
-            self._heap.clear()
+            self._held.clear()
+            self._due.clear()
 
     def next(self, now: float) -> int | None:
         """Take out the ask to serve now; None if there is none before `due`."""
@@ -181,31 +186,45 @@ class Asks:
         if self._in_a_row < FRESH_MAX or again > now:
             while self._fresh:
                 index, _ = self._fresh.popitem(last=False)
-                if not self._turns.was_sent(index):
+                if not self._turns.copies(index):
                     self._in_a_row += 1
                     return index, now
                 self._waiting.add(index)
-                heapq.heappush(self._heap, (self._turns.sent_to_others(index, self._peer), index))
+                heapq.heappush(self._held, (self._turns.sent_to_others(index, self._peer), index))
             again = self._may(now)
         if again > now:
             return None, again
         self._in_a_row = 0
-        _, index = heapq.heappop(self._heap)
+        index = heapq.heappop(self._due)[1] if self._due else heapq.heappop(self._held)[1]
         self._waiting.remove(index)
         return index, now
 
     def _may(self, now: float) -> float:
-        """When the first of those that wait may be sent, as it looks now; it is on top of the heap."""
-        while self._heap:
-            at, index = self._heap[0]
+        """When one of those that wait may be sent, as it looks now; it is on top of its heap."""
+        while self._held:
+            at, index = self._held[0]
+            sent = self._turns.sent_to_others(index, self._peer)
             if index not in self._waiting:
-                heapq.heappop(self._heap)
-                continue
-            again = self._turns.sent_to_others(index, self._peer)
-            if again > at:
-                heapq.heapreplace(self._heap, (again, index))
-                continue
-            if self._turns.fresh and not self._fresh and self._passed < PASSED_MAX:
-                return now + min(LOOK, PASSED_MAX - self._passed)
-            return min(at + HOLD, now + HOLD - self._idle)
-        return math.inf
+                heapq.heappop(self._held)
+            elif sent > at:
+                heapq.heapreplace(self._held, (sent, index))
+            elif at + HOLD <= now or not self._turns.whole:
+                heapq.heappop(self._held)
+                heapq.heappush(self._due, (self._turns.copies(index), index))
+            else:
+                break
+        while self._due:
+            copies, index = self._due[0]
+            if index not in self._waiting:
+                heapq.heappop(self._due)
+            elif self._turns.copies(index) > copies:
+                heapq.heapreplace(self._due, (self._turns.copies(index), index))
+            else:
+                break
+        if not self._due and not self._held:
+            return math.inf
+        if not self._turns.whole:
+            return now
+        if self._turns.fresh and not self._fresh and self._passed < PASSED_MAX:
+            return now + min(LOOK, PASSED_MAX - self._passed)
+        return now if self._due else min(self._held[0][0] + HOLD, now + HOLD - self._idle)

@@ -111,7 +111,7 @@ def test_asking_and_withdrawing_without_end_takes_no_room():
         bob.ask([turn % COUNT])
         assert bob.next(0.1) is None
         bob.withdraw(turn % COUNT)
-    assert len(bob._heap) < 100
+    assert len(bob._held) + len(bob._due) < 100
     assert len(bob) == 0
 
 
