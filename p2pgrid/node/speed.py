@@ -25,7 +25,7 @@ NOTE_PERIOD = 5.0
 NOTE_MAX = 200
 """Characters of a note."""
 SMOOTH = 5.0
-"""Seconds in which the end moves most of the way."""
+"""Seconds in which the end moves most of the way, while there is time."""
 
 
 class Speed:
@@ -50,7 +50,8 @@ class Speed:
         if self._end is None:
             self._end = end
         else:
-            self._end += (end - self._end) * (1 - math.exp(-(now - before) / SMOOTH))
+            within = min(SMOOTH, max((end - now) / 4, SAMPLE))  # near the end it has to be right soon
+            self._end += (end - self._end) * (1 - math.exp(-(now - before) / within))
 
     @property
     def rate(self) -> float:

@@ -46,6 +46,16 @@ def test_another_speed_is_believed_within_a_minute_and_not_at_once(rate, factor)
     assert speed.left == pytest.approx((total - moved) / (rate * factor), rel=0.02)
 
 
+@given(st.floats(10, 60), st.floats(1.2, 4))
+def test_the_last_seconds_are_right_after_a_slow_start(seconds, factor):
+    speed, total = Speed(), 1e6
+    speed.note(0, 0, total)
+    moved = run(speed, 0, 10, total / 2 / 10 / factor, 0, total)
+    rate = (total - moved) / seconds
+    moved = run(speed, 10, seconds - 1, rate, moved, total)
+    assert speed.left <= 1.3 * (total - moved) / speed.rate + 1
+
+
 def test_nothing_is_said_before_there_is_something_to_say():
     speed = Speed()
     assert (speed.rate, speed.left) == (0, None)
