@@ -98,3 +98,21 @@ def test_whoever_stops_listening_reads_no_traceback():
         os.close(writer)
     assert said.stderr == b""
     assert said.returncode in (0, 1)  # rich, which writes the help, says 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("p2pgrid.cli", "get", "x", "-o", "y", "--origin", "file:///etc"),
+        ("p2pgrid.cli", "run", "x", "--script", "y", "--origin", "http://a:b@h/"),
+        ("p2pgrid.cli", "coordinator", "--origin", "disks.example"),
+        ("p2pnode", "join", "--origin", "http://h/ x"),
+    ],
+)
+def test_what_is_no_origin_is_refused_before_anything_is_done(tmp_path, words):
+    module, *rest = ("p2pgrid.node.cli", *words[1:]) if words[0] == "p2pnode" else words
+    said = python("-m", module, *rest, "--data-dir", str(tmp_path / "home"))
+    assert said.returncode == 2
+    assert said.stderr.startswith("error: ")
+    assert "--origin" in said.stderr
+    assert not (tmp_path / "home").exists()

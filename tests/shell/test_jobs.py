@@ -12,8 +12,12 @@ from p2pgrid.dht.manifest import Tree
 from p2pgrid.dht.publish import publish_tree
 from p2pgrid.errors import Conflict, Misused, NotAuthorised
 from p2pgrid.node import disks, jobs
+from p2pgrid.scheduler import messages as m
+from p2pgrid.scheduler.job import JobSpec
+from p2pgrid.transfer.fetch import Fetched
 from tests.lone_node import Lone, open_lone
 from tests.shell.test_attempt import a_disk
+from tests.small_disks import small_disk
 
 
 async def told(event: dict[str, Any]) -> None:
@@ -119,3 +123,27 @@ def answering(*data: str) -> Any:
         return SimpleNamespace(tasks=tasks)
 
     return job
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["somebody has it", "nobody has it"])
+async def test_what_no_member_has_is_brought_here_from_the_origin_that_a_submitter_names(tmp_path, held):
+    asked: list[tuple[str, ...]] = []
+    datum = str(small_disk([1, 2]).datum)
+
+    async def fetch(which: Any, peers: Any, progress: Any, most: Any, origins: Any = ()) -> Fetched:
+        asked.append(tuple(origins))
+        return Fetched({}, 0, 0, 0.0)
+
+    async def providers(which: str) -> tuple[m.Provider, ...]:
+        return (m.Provider("12D3", ()),) if held else ()
+
+    async def hear(event: dict[str, Any]) -> None:
+        pass
+
+    async with open_lone(tmp_path / "home") as lone:
+        lone.node.exchange = SimpleNamespace(fetch=fetch)
+        lone.node.coordinator = SimpleNamespace(providers=providers)
+        view: Any = SimpleNamespace(record=SimpleNamespace(datum=datum))
+        await jobs._bring(lone.node, view, ["https://h/d"], hear)
+    assert asked == ([] if held else [("https://h/d",)])
+    assert "origins" not in JobSpec.__struct_fields__, "no worker is ever told"
