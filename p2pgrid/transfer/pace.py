@@ -19,6 +19,9 @@ SAMPLE = 0.05
 """Seconds of busy time that make a measurement; arrivals come in bursts."""
 CHUNKS_MIN, CHUNKS_MAX = 2, 64
 """Chunks outstanding at one peer.  Two: one on its way while the next is asked."""
+LIGHT = 512 << 10
+"""Bytes outstanding at one peer up to which it may be any number of chunks: those of an update have a
+kilobyte each, and 64 of them would be one round trip after another."""
 BYTES_MAX = 16 << 20
 """Bytes outstanding at one peer: what a fast link delivers in a few tenths of a second."""
 WAIT_MIN = 5.0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import attrs
 
 from p2pgrid.ids import PeerId
-from p2pgrid.transfer.pace import CHUNKS_MAX, WAIT_MIN, Pace
+from p2pgrid.transfer.pace import CHUNKS_MAX, LIGHT, WAIT_MIN, Pace
 from p2pgrid.transfer.rarity import BLOCK, Blocks
 
 REFUSALS_MAX = 3
@@ -59,7 +59,8 @@ class Partner:
         chunks = len(self.asks)
         if self.stalls or not self.pace.rate:
             return not chunks
-        return not chunks or (chunks < CHUNKS_MAX and self.outstanding < self.pace.window)
+        few = chunks < CHUNKS_MAX or self.outstanding < LIGHT
+        return not chunks or (few and self.outstanding < self.pace.window)
 
     def quiet(self, index: int, now: float) -> float:
         """Seconds since it was asked for `index`, or has brought something."""

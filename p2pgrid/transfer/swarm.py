@@ -32,7 +32,7 @@ import attrs
 
 from p2pgrid.ids import PeerId
 from p2pgrid.machine import Tick
-from p2pgrid.transfer.pace import CHUNKS_MAX
+from p2pgrid.transfer.pace import CHUNKS_MAX, LIGHT
 from p2pgrid.transfer.partner import Alarms, Partner
 from p2pgrid.transfer.rarity import BLOCK, Chance, Rarity, blocks_of, indices, nth_bit
 
@@ -113,7 +113,14 @@ class Held:
     indices: Sequence[int]
 
 
-Event = Joined | Told | Left | Arrived | Rejected | Refused | Held | Tick
+@attrs.frozen
+class Urgent:
+    """These are needed before all others.  Again: these, too."""
+
+    indices: Sequence[int]
+
+
+Event = Joined | Told | Left | Arrived | Rejected | Refused | Held | Urgent | Tick
 
 
 # --- effects ---------------------------------------------------------------------------
@@ -121,10 +128,11 @@ Event = Joined | Told | Left | Arrived | Rejected | Refused | Held | Tick
 
 @attrs.frozen
 class Ask:
-    """Ask `peer` for these chunks, in this order."""
+    """Ask `peer` for these chunks, in this order; if they are urgent, before all it was asked for, these among it."""
 
     peer: PeerId
     indices: tuple[int, ...]
+    urgent: bool = False
 
 
 @attrs.frozen
@@ -151,6 +159,16 @@ class Completed:
 Effect = Ask | Withdraw | Shun | Completed
 
 
+@attrs.define(eq=False)
+class Errand:
+    """An urgent chunk."""
+
+    runners: set[PeerId] = attrs.Factory(set)
+    """Who was asked for it urgently."""
+    until: float = math.inf
+    """When somebody else is asked, too."""
+
+
 # --- the machine -----------------------------------------------------------------------
 
 
@@ -174,6 +192,7 @@ class Swarm:
         self._extra: dict[int, int] = {}  # how many idle peers are asked for it, too
         self._doubled = 0  # bytes of them, those that are here by now included
         self._doubled_max = max(int(DUPLICATES * sum(lengths)), 8 * max(lengths, default=0))
+        self._urgent: dict[int, Errand] = {}
         self._typical = math.inf  # seconds from an ask to its chunk, over all peers
         self._joins = 0
         self._announced = False
@@ -193,7 +212,8 @@ class Swarm:
         """When a `Tick` is due; `inf` if nothing is outstanding and nobody rests."""
         if self.complete:
             return math.inf if self._announced else -math.inf
-        return min(self._alarms.first, self._look_at)
+        errands = min((errand.until for errand in self._urgent.values()), default=math.inf)
+        return min(self._alarms.first, self._look_at, errands)
 
     def unavailable(self) -> list[int]:
         """The missing indices that no answering peer has."""
@@ -216,6 +236,7 @@ class Swarm:
         if not self.complete:
             for waiting in self._alarms.due(now):
                 self._examine(waiting, now)
+            self._rush(now)
             self._feed(now)
             self._look(now)
         elif not self._announced:
@@ -240,6 +261,10 @@ class Swarm:
             case Held(held):
                 for index in held:
                     self._hold(index)
+            case Urgent(needed):
+                for index in needed:
+                    if 0 <= index < len(self._lengths) and not self._rarity.holds(index):
+                        self._urgent.setdefault(index, Errand())
             case Tick():
                 pass
 
@@ -346,6 +371,7 @@ class Swarm:
     def _hold(self, index: int, by: Partner | None = None) -> None:
         """`index` is held; whoever was asked for it, but `by`, need not send it."""
         self._rarity.hold(index)
+        self._urgent.pop(index, None)
         for peer in list(self._asked.get(index, ())):
             if peer is by:
                 self._drop(peer, index)
@@ -491,6 +517,39 @@ class Swarm:
             self._rarity.unwant(block, ((1 << len(taken)) - 1) << at - len(taken))
         return taken
 
+    # --- what is urgent ---
+
+    def _rush(self, now: float) -> None:
+        """Ask the fastest for what is urgent; where it does not come soon, the next one, too."""
+        for index, errand in self._urgent.items():
+            askers = self._asked.get(index, [])
+            if now < errand.until and any(peer.id in errand.runners for peer in askers):
+                continue
+            able = [p for p in self._peers.values() if p.id not in errand.runners and self._may_rush(p, index)]
+            if not able:
+                errand.runners.intersection_update([peer.id for peer in askers])
+                errand.until = math.inf if not errand.runners else now + USUAL
+                continue
+            size = self._lengths[index]
+            best = min(able, key=lambda p: (self._expected(p, size), p.order))
+            for peer in [p for p in askers if p is not best and p.id not in errand.runners]:
+                self._withdraw(peer, index)
+            if index not in best.asks:
+                self._ask(best, index, now)
+                self._rarity.unwant(index // BLOCK, 1 << index % BLOCK)
+            self._effects.append(Ask(best.id, (index,), urgent=True))
+            self._alarms.set(best, self._silent_until(best), now)
+            errand.runners.add(best.id)
+            errand.until = now + max(2 * self._expected(best, size), USUAL / 2)
+
+    def _may_rush(self, peer: Partner, index: int) -> bool:
+        """Whether `peer` can be asked for `index` at once; who has not shown that it is good, for one chunk in all."""
+        return (
+            peer.has(index)
+            and not peer.stalls
+            and bool(index in peer.asks or not peer.asks or peer.pace.rate)
+        )
+
     # --- the end-game ---
 
     def _look(self, now: float) -> None:
@@ -568,6 +627,7 @@ class Swarm:
         busy = {i for i, askers in self._asked.items() if any(not p.stalls for p in askers)}
         assert wanted == missing - busy, "wanted is what is missing and asked of no answering peer"
         assert missing >= set(self._asked), "nothing held is asked"
+        assert missing >= set(self._urgent)
         assert all(self._asked.values())
         assert not self._shunned & set(self._peers), "nobody shunned is here"
         asks = sum(len(peer.asks) for peer in self._peers.values())
@@ -578,7 +638,8 @@ class Swarm:
         for peer in self._peers.values():
             assert peer.outstanding == sum(self._lengths[i] for i in peer.asks)
             assert all(peer.has(i) and peer in self._asked[i] for i in peer.asks)
-            assert len(peer.asks) <= CHUNKS_MAX
+            before = peer.outstanding - max((self._lengths[i] for i in peer.asks), default=0)
+            assert len(peer.asks) <= CHUNKS_MAX + len(self._urgent) or before < LIGHT
             assert not peer.asks or peer.alarm < math.inf, "silence is noticed"
             for block, bits in enumerate(peer.have):
                 assert not bits & self._rarity.wanted[block] or peer.useful >> block & 1

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from p2pgrid.ids import PeerId
 from p2pgrid.machine import Tick
-from p2pgrid.transfer.pace import CHUNKS_MAX
+from p2pgrid.transfer.pace import CHUNKS_MAX, LIGHT
 from p2pgrid.transfer.partner import REFUSALS_MAX
 from p2pgrid.transfer.swarm import (
     Arrived,
@@ -68,7 +68,9 @@ class AnyHistory(RuleBasedStateMachine):
                         assert index not in self.asked[peer], "asked once of one peer"
                         assert self.refused.get((peer, index), 0) < REFUSALS_MAX
                         self.asked[peer].append(index)
-                    assert len(self.asked[peer]) <= (CHUNKS_MAX if peer in self.proven else 1)
+                    light = sum(self.lengths[i] for i in self.asked[peer]) <= LIGHT + max(self.lengths)
+                    few = CHUNKS_MAX if peer in self.proven else 1
+                    assert len(self.asked[peer]) <= few or (peer in self.proven and light)
                 case Withdraw(peer, index):
                     self.asked[peer].remove(index)
                     self.withdrawn.append((peer, index))
@@ -272,6 +274,22 @@ def test_a_liar_found_late_has_its_asks_taken_over():
     assert asks(swarm.step(Arrived("ann", second[1], 1000), 0.2)) == []
     effects = swarm.step(Rejected("liar", third), 0.3)
     assert effects == [Withdraw("liar", third), Shun("liar", effects[1].why), Ask("ann", (third,))]
+
+
+def test_of_small_chunks_many_are_outstanding():
+    """An update's have a kilobyte each: 64 of them are no window."""
+    swarm = swarm_of(2048, size=1000)
+    queue = asks(swarm.step(Joined("ann", bitmap(range(2048), 2048)), 0.0))
+    now, rounds = 0.0, 0
+    while queue:
+        now += 0.05  # a round trip
+        rounds += 1
+        came, queue = queue, []
+        for _, index in came:
+            queue += asks(swarm.step(Arrived("ann", index, 1000), now))
+    assert swarm.complete
+    assert rounds < 20  # 64 at a time they were 34
+    swarm.check()
 
 
 def test_the_window_grows_with_the_pace():
