@@ -107,7 +107,11 @@ def test_a_put_says_so_and_the_rest_comes_back(tmp_path):
     path, start = disk(tmp_path, "mbr")
     with Store(tmp_path / "store", min_free=0) as store:
         whole = publish_disk(store, path, KEY)
-        put = publish_disk(store, path, KEY, skip_free=True)
+        delta = publish_disk(store, path, KEY, skip_free=True)
+        assert delta.parent == whole.content
+        assert delta.delta_bytes < 10_000  # zeros in the place of what the parent has
+        put = publish_disk(store, path, KEY, skip_free=True, parent=None)
+        assert put.content == delta.content
         assert (whole.freed, put.freed) == (
             0,
             sum(count for _, count in free_blocks(tmp_path / "fs")[1]) * 1024,
