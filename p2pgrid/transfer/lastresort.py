@@ -20,7 +20,7 @@ import contextlib
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import attrs
@@ -267,8 +267,9 @@ class LastResort:
                 course.wrong.clear()
         count = len(shelf.frames.lengths)
         if self._slowness.look(now, self._needy.brought(), shelf.size * swarm.missing // max(1, count)):
-            lost = [index for index in range(count) if not shelf.holds(index)]
+            lost: Sequence[int] = range(count)
         else:
             lost = swarm.unavailable()
-        self._left = [index for index in lost if index not in self._busy]
+        have = shelf.have()  # the swarm may not have heard yet of what just came
+        self._left = [i for i in lost if i not in self._busy and not have[i >> 3] >> (i & 7) & 1]
         self._look_at = now + LOOK + len(self._left) / LOOK_COST
