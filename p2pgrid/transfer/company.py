@@ -25,9 +25,10 @@ from p2pgrid.transfer.session import Session, Want, Wanter
 
 SEARCH = 3.0
 """Seconds between two searches for more peers, while incomplete and nothing comes."""
-SEARCH_MAX = 60.0
-"""Seconds between them at most, while something comes: each asks a dozen nodes, and whoever
-is new opens the pack at somebody who tells of it."""
+SEARCH_BUSY, SEARCH_MAX = 15.0, 60.0
+"""Seconds between them while something comes, doubled each time: each asks a dozen nodes twice, which
+costs both sides as much as a hundred chunks, and whoever is new opens the pack at somebody who
+tells of it."""
 REST_MIN, REST_MAX = 0.5, 30.0
 """Seconds before a peer that was lost or could not be reached is tried again; doubled each time."""
 PEERS_MAX = 40
@@ -165,15 +166,16 @@ class Company:
     async def search(self) -> None:
         """Look for peers, and attach them; for ever."""
         async with trio.open_nursery() as nursery:
-            due = find_due = -math.inf
-            pause = SEARCH
+            due, begun = -math.inf, trio.current_time()
+            # Who was named is asked first.
+            pause, find_due = SEARCH_BUSY, begun + (SEARCH_BUSY if self._contacts else 0)
             while True:
                 now = trio.current_time()
                 if now >= due:
                     due = now + SEARCH
                     self._open_again()
-                    if self._host.quiet_for() >= SEARCH or not self.sessions():
-                        pause, find_due = SEARCH, now
+                    if now >= begun + SEARCH and (self._host.quiet_for() >= SEARCH or not self.sessions()):
+                        pause, find_due = SEARCH_BUSY, now
                     if now >= find_due:
                         find_due = now + pause
                         pause = min(2 * pause, SEARCH_MAX)
