@@ -98,6 +98,15 @@ class Exchange:
             del self._downloads[datum]
             done.set()
 
+    def urge(self, datum: Cid, indices: Iterable[int]) -> None:
+        """These chunks of the datum's own pack are needed before all others, if it is being fetched.
+
+        They are asked of whoever brings them soonest, and sent before all else.  Chunks of a delta that its
+        parent tells are not among them: a parent is completed first.
+        """
+        if datum in self._downloads:
+            self._downloads[datum][0].urge(indices)
+
     # --- what a download needs (`Peering`) --------------------------------------------------
 
     async def session(self, peer: PeerId) -> Session:

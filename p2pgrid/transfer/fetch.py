@@ -49,6 +49,7 @@ from p2pgrid.transfer.swarm import (
     Left,
     Shun,
     Swarm,
+    Urgent,
     Withdraw,
 )
 
@@ -128,6 +129,7 @@ class Download:
         """The one that is being completed: its parent's, perhaps."""
         self._swarm: Swarm | None = None
         self._arrived = bytearray()
+        self._urgent: dict[int, None] = {}
         self._fresh: list[int] = []
         self._freshly = trio.Event()
         self._bytes_by_peer: dict[PeerId, int] = {}
@@ -269,6 +271,8 @@ class Download:
             # Bounded by what peers were asked for and by how much they may chatter.
             self._inbox, inbox = trio.open_memory_channel[Sequence[Event]](math.inf)
             self.company.gather(shelf)
+            if self._urgent and shelf is top:
+                self._feed([Urgent(tuple(self._urgent))])
             await drive(_Gathered(self._swarm), inbox, self._perform)
 
     async def _flush(self) -> None:
@@ -287,10 +291,10 @@ class Download:
                     want.withdraw(tuple(gone[start : start + INDICES_MAX]))
         for effect in effects:
             match effect:
-                case Ask(peer, indices):
+                case Ask(peer, indices, urgent):
                     if want := self.company.want(peer):
                         for start in range(0, len(indices), INDICES_MAX):
-                            want.ask(indices[start : start + INDICES_MAX])
+                            want.ask(indices[start : start + INDICES_MAX], urgent)
                 case Shun(peer, _):
                     self.company.shun(peer)
                 case Completed():
@@ -374,7 +378,7 @@ class Download:
 
     def _is_first(self, event: Event) -> bool:
         """Whether it is about a peer that has not shown yet what it can do."""
-        return not isinstance(event, Held | Tick) and self._bytes_by_peer.get(event.peer, 0) < FIRST
+        return not isinstance(event, Held | Urgent | Tick) and self._bytes_by_peer.get(event.peer, 0) < FIRST
 
     def hold(self, indices: Iterable[int]) -> None:
         """These came in another way: by a fetch of another datum with the same pack."""
@@ -384,6 +388,12 @@ class Download:
                 self._count(index, self._shelf.frames.lengths[index])
             if fresh:
                 self._feed([Held(fresh)])
+
+    def urge(self, indices: Iterable[int]) -> None:
+        """These chunks of the datum's own pack are needed first."""
+        self._urgent.update(dict.fromkeys(indices))
+        if self._top is not None and self._top is self._shelf:
+            self._feed([Urgent(tuple(self._urgent))])
 
     def _count(self, index: int, size: int) -> None:
         self._arrived[index] = 1
@@ -483,6 +493,10 @@ class _Gathered:
         effects: list[Effect] = []
         for effect in self._swarm.steps((events,) if isinstance(events, Tick) else events, now):
             match effect:
+                case Ask(peer, indices, urgent=True):
+                    for index in indices:
+                        asks.get(peer, {}).pop(index, None)
+                    effects.append(effect)
                 case Ask(peer, indices):
                     asks.setdefault(peer, {}).update(dict.fromkeys(indices))
                 case Withdraw(peer, index) if index in asks.get(peer, {}):

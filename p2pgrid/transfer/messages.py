@@ -15,6 +15,7 @@ and its fields, integers big endian, CIDs in their 36-byte form:
     10 NoObject  CID                           I do not have it
     11 Peers     topic u16, MessagePack        others who want or have this pack: [[id, [multiaddr, …]], …]
     12 Close     topic u16                     I no longer want it
+    13 Request   topic u16, index u32, …       send me these, whether I asked for them or not, before all else
 
 Goals: whoever wants a pack opens it with everyone it meets, whoever has any part of it answers;
 so each pack is one conversation a direction, numbered by who wants it, and many share a link.
@@ -70,6 +71,7 @@ class Have:
 class Request:
     topic: int
     indices: tuple[int, ...]
+    urgent: bool = False
 
 
 @attrs.frozen
@@ -139,8 +141,8 @@ def encode(message: Message) -> tuple[bytes, ...]:
             return _INDEX.pack(2, topic, first), bits
         case Have(topic, indices):
             return (_TOPIC.pack(3, topic) + _packed(indices),)
-        case Request(topic, indices):
-            return (_TOPIC.pack(4, topic) + _packed(indices),)
+        case Request(topic, indices, urgent):
+            return (_TOPIC.pack(13 if urgent else 4, topic) + _packed(indices),)
         case Frame(topic, index, data):
             assert 0 < len(data) <= FRAME_MAX
             return _INDEX.pack(5, topic, index), bytes(data)
@@ -195,8 +197,8 @@ def _about_topic(kind: int, topic: int, rest: memoryview) -> Message:
             return Bitfield(topic, first, bytes(rest[4:]))
         case 3:
             return Have(topic, _indices(rest))
-        case 4:
-            return Request(topic, _indices(rest))
+        case 4 | 13:
+            return Request(topic, _indices(rest), urgent=kind == 13)
         case 6:
             _need(len(rest) == 4, "not one index")
             return Refuse(topic, int.from_bytes(rest, "big"))

@@ -42,6 +42,8 @@ from p2pgrid.transfer.turns import Asks, Turns
 
 TOPICS_MAX = 1024
 """Packs that one peer wants at once."""
+URGENT_MAX = 1 << 20
+"""Bytes of urgent frames in a link beside the others: some seconds' worth of a slow one."""
 REQUESTS_MAX = 65536
 """Frames and objects that one peer may have asked for and not got yet."""
 
@@ -134,15 +136,17 @@ class Seeding:
         self._sent = sent
         self._topics: OrderedDict[int, _Topic] = OrderedDict()  # served last is last
         self._refusals: OrderedDict[tuple[int, int], None] = OrderedDict()  # a set of topic and index
+        self._urgent: OrderedDict[tuple[int, int], Cid] = OrderedDict()  # topic and index, and the pack
         self._objects: deque[Cid] = deque()
 
     def take(self, wish: Wish) -> None:
         match wish:
-            case Request(topic, indices):
-                self._ask(topic, indices)
+            case Request(topic, indices, urgent):
+                self._ask(topic, indices, urgent)
             case Cancel(topic, indices):
                 for index in indices:
                     self._refusals.pop((topic, index), None)
+                    self._urgent.pop((topic, index), None)
                     if topic in self._topics and (asks := self._topics[topic].asks) is not None:
                         asks.withdraw(index)
             case GetObject(cid):
@@ -160,6 +164,7 @@ class Seeding:
         """
         slots, link, wait = self._audience.slots, self._link, None
         slots.update(link, link.queued, self._audience.now())
+        self._send_urgent()
         while link.queued < link.low:
             now = self._audience.now()
             if self._objects:
@@ -206,9 +211,17 @@ class Seeding:
         if closed is not None:
             if closed.asks is not None:
                 closed.asks.leave()
+            for key in [key for key in self._urgent if key[0] == topic]:
+                del self._urgent[key]
             self._audience.leave(closed.pack, self._link, topic)
 
-    def _ask(self, topic: int, indices: tuple[int, ...]) -> None:
+    def _send_urgent(self) -> None:
+        """Send what is urgent, before what is in the link already; not more than the link should hold."""
+        while self._urgent and self._link.queued < self._link.low + URGENT_MAX:
+            (topic, index), pack = self._urgent.popitem(last=False)
+            self._send(topic, pack, index, bulk=False)
+
+    def _ask(self, topic: int, indices: tuple[int, ...], urgent: bool) -> None:
         """Note what is here; the rest, and what topics closed meanwhile ask for, is refused."""
         known = self._topics.get(topic)
         shelf = self._shelf(known.pack) if known is not None else None
@@ -218,14 +231,19 @@ class Seeding:
             here = [index for index in indices if index < count and shelf.holds(index)]
             if known.asks is None:
                 known.asks = self._audience.turns(known.pack, count, shelf.complete).join(self._link.peer)
-            known.asks.ask(here)
+            if urgent:
+                known.asks.urge(here, self._audience.now())
+                self._urgent.update(((topic, index), known.pack) for index in here)
+                self._send_urgent()
+            else:
+                known.asks.ask(here)
         if len(here) < len(indices):
             self._refusals.update(dict.fromkeys((topic, index) for index in set(indices) - set(here)))
         self._bound()
 
     def _bound(self) -> None:
         asked = sum(len(t.asks) for t in self._topics.values() if t.asks is not None)
-        if asked + len(self._refusals) + len(self._objects) > REQUESTS_MAX:
+        if asked + len(self._urgent) + len(self._refusals) + len(self._objects) > REQUESTS_MAX:
             raise BadFrame(why="more is asked for than anyone can take")
 
     def _shelf(self, pack: Cid) -> Shelf | None:
@@ -243,7 +261,7 @@ class Seeding:
                 self._send(topic, known.pack, index)
                 return
 
-    def _send(self, topic: int, pack: Cid, index: int) -> None:
+    def _send(self, topic: int, pack: Cid, index: int, bulk: bool = True) -> None:
         shelf = self._shelf(pack)
         try:
             if shelf is None:
@@ -252,7 +270,7 @@ class Seeding:
         except (ChunkCorrupt, WorldError):
             self._link.send(*encode(Refuse(topic, index)))
             return
-        self._link.send(*encode(Frame(topic, index, frame)), bulk=True)
+        self._link.send(*encode(Frame(topic, index, frame)), bulk=bulk)
         self._sent(len(frame))
 
     def _send_object(self, cid: Cid) -> None:

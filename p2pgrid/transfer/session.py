@@ -81,8 +81,8 @@ class Want:
         """Say what is wanted; again where the peer did not have any of it, but may now."""
         self._link.send(*encode(Open(self._topic, self._shelf.pack)))
 
-    def ask(self, indices: tuple[int, ...]) -> None:
-        self._link.send(*encode(Request(self._topic, indices)))
+    def ask(self, indices: tuple[int, ...], urgent: bool = False) -> None:
+        self._link.send(*encode(Request(self._topic, indices, urgent)))
 
     def withdraw(self, indices: tuple[int, ...]) -> None:
         self._link.send(*encode(Cancel(self._topic, indices)))

@@ -128,7 +128,7 @@ Event = Joined | Told | Left | Arrived | Rejected | Refused | Held | Urgent | Ti
 
 @attrs.frozen
 class Ask:
-    """Ask `peer` for these chunks, in this order; if they are urgent, before all it was asked for, these among it."""
+    """Ask `peer` for these chunks, in this order; urgent ones first, whether it was asked for them or not."""
 
     peer: PeerId
     indices: tuple[int, ...]
@@ -525,7 +525,9 @@ class Swarm:
             askers = self._asked.get(index, [])
             if now < errand.until and any(peer.id in errand.runners for peer in askers):
                 continue
-            able = [p for p in self._peers.values() if p.id not in errand.runners and self._may_rush(p, index)]
+            able = [
+                p for p in self._peers.values() if p.id not in errand.runners and self._may_rush(p, index)
+            ]
             if not able:
                 errand.runners.intersection_update([peer.id for peer in askers])
                 errand.until = math.inf if not errand.runners else now + USUAL
@@ -543,7 +545,7 @@ class Swarm:
             errand.until = now + max(2 * self._expected(best, size), USUAL / 2)
 
     def _may_rush(self, peer: Partner, index: int) -> bool:
-        """Whether `peer` can be asked for `index` at once; who has not shown that it is good, for one chunk in all."""
+        """Whether `peer` can be asked for `index` at once; until it was good, for one chunk in all."""
         return (
             peer.has(index)
             and not peer.stalls

@@ -129,19 +129,32 @@ class Asks:
                     self._fresh[index] = None
                     self._turns.want(index)
 
+    def urge(self, indices: Iterable[int], now: float) -> None:
+        """The peer is sent these right now, whether it asked for them before or not."""
+        with self._lock:
+            for index in indices:
+                self._drop(index)
+                self._turns.send(index, self._peer, now)
+
     def withdraw(self, index: int) -> None:
         """The peer need not be sent `index` any more: it has neighbours worth waiting for."""
         with self._lock:
-            if index in self._fresh:
-                del self._fresh[index]
-                self._turns.unwant(index)
-            elif index in self._waiting:
-                self._waiting.remove(index)
+            if self._drop(index):
                 self._passed = self._idle = 0.0
                 if len(self._held) + len(self._due) > 2 * len(self._waiting) + 64:
                     self._held = [(self._turns.sent_to_others(i, self._peer), i) for i in self._waiting]
                     heapq.heapify(self._held)
                     self._due.clear()
+
+    def _drop(self, index: int) -> bool:
+        """Ask for `index` no more; whether it had to wait."""
+        if index in self._fresh:
+            del self._fresh[index]
+            self._turns.unwant(index)
+        elif index in self._waiting:
+            self._waiting.remove(index)
+            return True
+        return False
 
     def leave(self) -> None:
         """The peer asks for nothing any more."""

@@ -26,6 +26,7 @@ from p2pgrid.transfer.swarm import (
     Shun,
     Swarm,
     Told,
+    Urgent,
     Withdraw,
 )
 
@@ -52,19 +53,23 @@ class AnyHistory(RuleBasedStateMachine):
         self.withdrawn: list[tuple[PeerId, int]] = []
         self.refused: dict[tuple[PeerId, int], int] = {}
         self.shunned: set[PeerId] = set()
+        self.urgent: set[int] = set()
         self.completed = 0
         self.proven: set[PeerId] = set()
 
     def step(self, event):
         for effect in self.swarm.step(event, self.now):
             match effect:
-                case Ask(peer, wanted):
+                case Ask(peer, wanted, urgent):
                     assert wanted
+                    assert not urgent or self.urgent >= set(wanted)
                     assert peer in self.have, "only who is here is asked"
                     assert peer not in self.shunned
                     for index in wanted:
                         assert index not in self.held
                         assert index in self.have[peer]
+                        if urgent and index in self.asked[peer]:
+                            self.asked[peer].remove(index)  # asked for before, but urgent now
                         assert index not in self.asked[peer], "asked once of one peer"
                         assert self.refused.get((peer, index), 0) < REFUSALS_MAX
                         self.asked[peer].append(index)
@@ -167,6 +172,16 @@ class AnyHistory(RuleBasedStateMachine):
         held = data.draw(st.lists(st.integers(0, len(self.lengths) - 1), max_size=4))
         self.held |= set(held)
         self.step(Held(held))
+
+    @rule(data=st.data())
+    def needs_some_at_once(self, data):
+        needed = data.draw(st.lists(st.integers(-1, len(self.lengths)), max_size=3))
+        self.urgent |= set(needed)
+        self.step(Urgent(needed))
+        for index in (self.urgent - self.held) & set(range(len(self.lengths))):
+            able = [p for p, have in self.have.items() if index in have and p in self.proven]
+            answering = [p for p in able if not self.swarm._peers[p].stalls]
+            assert not answering or any(index in self.asked[p] for p in self.have)
 
     @rule()
     def waits_for_the_deadline(self):

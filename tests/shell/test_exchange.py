@@ -17,6 +17,7 @@ from p2pgrid.dht.manifest import Disk, Recipe, signed
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import BadFrame, NoSpace, NotFound, Refused
 from p2pgrid.hole_punch.bulk import Link, open_links
+from p2pgrid.hole_punch.rates import Limits
 from p2pgrid.ids import DAG_CBOR, Cid, PeerId
 from p2pgrid.transfer import messages
 from p2pgrid.transfer.exchange import Exchange, Progress, open_exchange
@@ -198,6 +199,36 @@ async def test_what_another_was_just_sent_comes_a_moment_later(tmp_path: Path) -
         fetched = await worker.exchange.fetch(disk.datum, know(worker, putter))
         assert is_whole(worker, disk)
         assert fetched.bytes_by_peer == {putter.me: sum(map(len, disk.frames))}
+
+
+async def test_what_is_urgent_comes_next(tmp_path: Path) -> None:
+    """The sender is slow, and has more in its link than it can take back; three chunks are needed now."""
+    disk = small_disk([-seed for seed in range(1, 25)])
+    async with open_nodes(tmp_path, "putter", "worker") as (putter, worker):
+        hold(putter, disk)
+        putter.exchange.links.rates.set(Limits(up=4e6))
+        came: list[int] = []
+        needed: list[int] = []
+        before = 0
+
+        def watch(progress: Progress) -> None:
+            nonlocal before
+            shelf = worker.store.shelf(disk.pack)
+            if shelf is None or not shelf.count:
+                return
+            came.extend(i for i in range(len(disk.frames)) if shelf.holds(i) and i not in came)
+            if not needed:
+                before = len(came)
+                needed.extend([i for i in range(len(disk.frames)) if i not in came][:3])
+                worker.exchange.urge(disk.datum, needed)
+
+        await worker.exchange.fetch(disk.datum, know(worker, putter), watch)
+        assert is_whole(worker, disk)
+        assert putter.exchange.served[worker.me] == sum(map(len, disk.frames)), "and nothing comes twice"
+        assert max(map(came.index, needed)) < before + 9, (
+            "they come with the next reports, of some chunks each"
+        )
+        worker.exchange.urge(disk.datum, needed)  # of what is not being fetched: nothing happens
 
 
 async def test_several_datums_and_two_fetches_of_one_over_one_link(tmp_path: Path) -> None:

@@ -308,9 +308,9 @@ class World:
         self._steps += 1
         for effect in swarm.step(event, self.now):
             match effect:
-                case Ask(peer, wanted):
+                case Ask(peer, wanted, urgent):
                     if pipe := node.links.get(peer):
-                        self.say(pipe, self.asked, self.nodes[peer].links[node.name], wanted)
+                        self.say(pipe, self.asked, self.nodes[peer].links[node.name], wanted, urgent)
                 case Withdraw(peer, index):
                     if pipe := node.links.get(peer):
                         self.say(pipe, self.withdrawn, self.nodes[peer].links[node.name], index)
@@ -336,12 +336,19 @@ class World:
 
     # --- chunks ---
 
-    def asked(self, pipe: Pipe, wanted: tuple[int, ...]) -> None:
+    def asked(self, pipe: Pipe, wanted: tuple[int, ...], urgent: bool) -> None:
         if not pipe.sender.nature.answers:
             return
         if pipe.asks is None:
             pipe.asks = pipe.sender.turns.join(pipe.receiver.name)
-        pipe.asks.ask(wanted)
+        if urgent:
+            pipe.asks.urge(wanted, self.now)
+            for place, index in enumerate(wanted, 1):  # behind the one that is under way
+                pipe.queue.insert(place, index)
+                pipe.queued += self.lengths[index]
+            pipe.sender.slots.update(pipe, pipe.queued, self.now)
+        else:
+            pipe.asks.ask(wanted)
         self.fill(pipe)
 
     def withdrawn(self, pipe: Pipe, index: int) -> None:

@@ -11,6 +11,7 @@ import os
 import attrs
 import pytest
 
+from p2pgrid.transfer.swarm import Urgent
 from tests.sim.swarm_world import MBIT, Nature, Node, World
 
 
@@ -226,3 +227,62 @@ def test_the_origin_leaves(seed, enough):
     for node in outcome.honest:
         assert set(node.swarm.unavailable()) == gone, f"seed {seed}: {node.name}"
         assert (node.finished is not None) == enough
+
+
+def lan(seed: int, size: int, *, workers: int = 8, slow: int = 0, late: float = 0.0) -> Outcome:
+    """Workers and an origin with 200 Mbit/s both ways; `slow` send at a tenth, the last one comes `late`."""
+    world = World(seed, [])
+    while sum(world.lengths) < size:
+        world.lengths.append(world.rng.randrange(40 << 10, 120 << 10))
+    nature = Nature(up=200 * MBIT, down=200 * MBIT, latency=0.0005)
+    origin = world.add("origin", nature, whole=True)
+    nodes: list[Node] = []
+    for number in range(workers):
+        node = world.add(f"peer{number}", attrs.evolve(nature, up=20 * MBIT) if number < slow else nature)
+        nodes.append(node)
+        world.at(late if number == workers - 1 else world.rng.uniform(0, 0.05), world.arrive, node, origin)
+    return Outcome(world, origin, nodes, [])
+
+
+HEADERS = 1.047
+"""What the bytes of a chunk cost on the wire: TCP, IP and Ethernet at 1500 bytes a packet."""
+
+
+@each_seed
+@pytest.mark.parametrize(("size", "most"), [(43 << 20, 1.3), (200 << 20, 1.15)], ids=["small", "large"])
+def test_equals_take_hardly_longer_than_one_copy(seed, size, most):
+    outcome = lan(seed, size)
+    world = outcome.world
+    world.run(600, lambda: all(node.finished for node in outcome.honest))
+    ratio = HEADERS * outcome.last / (sum(world.lengths) / (200 * MBIT))
+    print(f"seed {seed}: {ratio:.3f} times the bytes at 200 Mbit/s, {outcome.copies:.3f} copies")
+    assert ratio < most
+    assert outcome.copies < 1.1
+    assert outcome.doubled < 0.03
+
+
+@each_seed
+def test_a_slow_uplink_and_a_latecomer_cost_little(seed):
+    size = 200 << 20
+    outcome = lan(seed, size, slow=1, late=size / (200 * MBIT) / 2)
+    outcome.world.run(600, lambda: all(node.finished for node in outcome.honest))
+    own = max(node.finished - node.arrived for node in outcome.honest)
+    ratio = HEADERS * own / (sum(outcome.world.lengths) / (200 * MBIT))
+    print(f"seed {seed}: {ratio:.3f} times the bytes at 200 Mbit/s, {outcome.copies:.3f} copies")
+    assert ratio < 1.25
+
+
+@each_seed
+def test_what_is_urgent_overtakes_all_else(seed):
+    """It waits for what is on the sender's uplink already, a chunk for each link, and no longer."""
+    outcome = lan(seed, 43 << 20)
+    world, one = outcome.world, outcome.honest[3]
+    longest = max(world.lengths) / (200 * MBIT)
+    for pause in (0.6, 0.8, 1.0, 1.2):
+        world.run(pause, lambda: False)
+        index = world.rng.choice([i for i in range(len(world.lengths)) if not one.have[i]])
+        world.step(one, Urgent((index,)))
+        asked = world.now
+        world.run(asked + 5, lambda index=index: bool(one.have[index]))
+        print(f"seed {seed}: an urgent chunk took {world.now - asked:.3f} s")
+        assert world.now - asked < 2 * 9 * longest, "two rounds of the uplink"
