@@ -7,10 +7,13 @@ import fcntl
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 import attrs
@@ -91,20 +94,50 @@ def spawn(home: Path, *, with_parent: bool = False) -> Starting:
     command = [sys.executable, "-m", "p2pgrid.node.daemon", str(home), "--ready-fd", str(theirs)]
     if with_parent:
         command.append("--with-parent")
-    try:
-        with open(home / LOG, "ab") as log:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(theirs,),
-                start_new_session=True,
-                cwd=home,
-            )
-    finally:
-        os.close(theirs)
+    with _uninterrupted() as interrupt:
+        try:
+            with open(home / LOG, "ab") as log:
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(theirs,),
+                    start_new_session=True,
+                    cwd=home,
+                )
+        finally:
+            os.close(theirs)
+        try:
+            interrupt()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            os.close(ready)
+            raise
     return Starting(home, child, os.fdopen(ready, "rb"))
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[Callable[[], None]]:
+    """Hold SIGINT and SIGTERM back until what this gives is called: amid `Popen` nobody knows the child."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = {n: signal.signal(n, lambda *at: held.append(at)) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def release() -> None:
+        while before:
+            signal.signal(*before.popitem())
+        for number, _ in held:
+            signal.raise_signal(number)
+
+    try:
+        yield release
+    finally:
+        while before:
+            signal.signal(*before.popitem())
 
 
 def stop(home: Path) -> None:
