@@ -7,7 +7,17 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pgrid.hole_punch.rates import FILL, LOOK_MAX, ON_THE_WIRE, RATE_MIN, RECORD, TARGET, Courtesy, Limits, Rates
+from p2pgrid.hole_punch.rates import (
+    FILL,
+    LOOK_MAX,
+    ON_THE_WIRE,
+    RATE_MIN,
+    RECORD,
+    TARGET,
+    Courtesy,
+    Limits,
+    Rates,
+)
 
 
 def moved(rates: Rates, links: int, seconds: float, late: float, up: bool = True) -> list[int]:
