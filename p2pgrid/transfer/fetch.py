@@ -159,6 +159,7 @@ class Download:
                         nursery.cancel_scope.cancel()
                     await self._flush()
         finally:
+            self._tell_fresh()  # what came last, too: others may lack just that
             self.company.dismiss()
             self.resort.close()
         if self._failure is not None:

@@ -7,9 +7,9 @@ passed on of it.  So all links of a node together commit what the uplink sends i
     may? ── room ───────────────────────────────────> one more chunk ──> queued ──> gone
       └──── none: stands in line until it is first and there is room  <──────────────┘
 
-In line they are served round robin, a chunk each.  A link that has not moved for `STUCK` seconds does
-not count: its peer is slow, the uplink is not, and the others go on meanwhile.  On a fast uplink there
-is always room, and each link's own bound is all there is.
+In line they are served round robin, a chunk each.  A link that has not moved for much longer than all
+that is committed takes does not count: its peer is slow, the uplink is not, and the others go on
+meanwhile.  On a fast uplink there is always room, and each link's own bound is all there is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ AHEAD = 0.25
 LEAST = 256 << 10
 """Bytes that may be committed in any case: some chunks, so that a pause of one link is not felt."""
 STUCK = 1.0
+"""Seconds beyond twice what all takes that is committed: who has not moved by then has a slow peer."""
 SMOOTHING = 1.0
 SAMPLE = 0.1
 """Seconds that make a measurement of the uplink."""
@@ -94,7 +95,8 @@ class Slots(Generic[Who]):
         most = max(LEAST, self.rate * AHEAD)
         if self._total < most:
             return True
-        stuck = sum(self._queued[who] for who, at in self._moved.items() if at < now - STUCK)
+        since = now - STUCK - 2 * self._total / max(self.rate, 1.0)
+        stuck = sum(self._queued[who] for who, at in self._moved.items() if at < since)
         return self._total - stuck < most
 
     def _account(self, gone: int, now: float) -> None:

@@ -42,9 +42,9 @@ STALLS_MAX = 4
 REST = 5.0
 """Seconds a peer rests after its first stall; doubled with each further one."""
 REST_MAX = 60.0
-PAUSE = 0.1
-"""Seconds between two looks at what is overdue: a seeder holds back for half a second what we
-can have from a neighbour (`turns.py`), and by then it has to be asked there."""
+PAUSE, PAUSE_MAX = 0.1, 1.0
+"""Seconds between two looks at what is overdue, more where chunks take long: a seeder holds back for half
+a second what we can have from a neighbour (`turns.py`), and by then it has to be asked there."""
 LOOK_MAX = 64
 """Overdue chunks looked at in one go."""
 GAIN_MIN = 1.0
@@ -191,12 +191,13 @@ class Swarm:
         self._look_at = math.inf
         self._extra: dict[int, int] = {}  # how many idle peers are asked for it, too
         self._doubled = 0  # bytes of them, those that are here by now included
-        self._doubled_max = max(int(DUPLICATES * sum(lengths)), 8 * max(lengths, default=0))
+        self._doubled_max = max(int(DUPLICATES * sum(lengths)), 4 * max(lengths, default=0))
         self._urgent: dict[int, Errand] = {}
         self._typical = math.inf  # seconds from an ask to its chunk, over all peers
         self._joins = 0
         self._announced = False
         self._effects: list[Effect] = []
+        self._now = -math.inf
 
     @property
     def missing(self) -> int:
@@ -230,7 +231,7 @@ class Swarm:
 
     def steps(self, events: Iterable[Event], now: float) -> list[Effect]:
         """Take what happened at about the same time, and say what to do after all of it."""
-        self._effects = []
+        self._effects, self._now = [], now
         for event in events:
             self._take_in(event, now)
         if not self.complete:
@@ -365,6 +366,7 @@ class Swarm:
             peer.since = now
             if peer.stalls:
                 self._revive(peer)
+            peer.rests_until = -math.inf
             self._tries[peer.order] = peer
         self._hold(index, peer)
 
@@ -417,6 +419,9 @@ class Swarm:
     def _withdraw(self, peer: Partner, index: int) -> None:
         self._effects.append(Withdraw(peer.id, index))
         self._drop(peer, index)
+        if not (peer.pace.rate or peer.stalls):  # it may come all the same: then we know more
+            peer.rests_until = self._now + (USUAL if self._typical == math.inf else min(self._typical, REST))
+            self._alarms.set(peer, peer.rests_until, self._now)
 
     def _want(self, index: int) -> None:
         """Make a missing index wanted, unless an answering peer is asked for it."""
@@ -439,11 +444,10 @@ class Swarm:
                 self._stall(peer, now)
             else:
                 self._alarms.set(peer, due, now)
-        elif peer.stalls:
-            if peer.rests_until <= now:
-                self._tries[peer.order] = peer
-            else:
-                self._alarms.set(peer, peer.rests_until, now)
+        elif peer.rests_until > now:
+            self._alarms.set(peer, peer.rests_until, now)
+        else:
+            self._tries[peer.order] = peer
 
     def _stall(self, peer: Partner, now: float) -> None:
         self._uncount(peer)
@@ -533,7 +537,7 @@ class Swarm:
                 errand.until = math.inf if not errand.runners else now + USUAL
                 continue
             size = self._lengths[index]
-            best = min(able, key=lambda p: (self._expected(p, size), p.order))
+            best = min(able, key=lambda p: (not p.pace.rate, self._expected(p, size), p.order))
             for peer in [p for p in askers if p is not best and p.id not in errand.runners]:
                 self._withdraw(peer, index)
             if index not in best.asks:
@@ -549,6 +553,7 @@ class Swarm:
         return (
             peer.has(index)
             and not peer.stalls
+            and peer.rests_until <= self._now
             and bool(index in peer.asks or not peer.asks or peer.pace.rate)
         )
 
@@ -556,26 +561,32 @@ class Swarm:
 
     def _look(self, now: float) -> None:
         """Every now and then let idle peers bring what is overdue at others."""
-        idle = [peer for peer in self._idle.values() if peer.room and not peer.stalls]
-        if not idle or not self._asked:
+        if not self._idle or not self._asked:
             self._look_at = math.inf
-        elif self._look_at == math.inf:
-            self._look_at = now + PAUSE
-        elif self._look_at <= now:
-            self._look_at = now + PAUSE
-            self._hurry(idle, now)
-            self._feed(now)
+        elif self._look_at == math.inf or self._look_at <= now:
+            due = self._look_at <= now
+            self._look_at = now + self._pause
+            if due and (idle := [p for p in self._idle.values() if p.room and not p.stalls]):
+                self._hurry(idle, now)
+                self._feed(now)
+
+    @property
+    def _pause(self) -> float:
+        return PAUSE if self._typical == math.inf else min(max(PAUSE, self._typical / 4), PAUSE_MAX)
 
     def _hurry(self, idle: list[Partner], now: float) -> None:
+        least = min(self._expected(peer, peer.outstanding) for peer in idle)
         for remaining, _, slow, index in heapq.nlargest(LOOK_MAX, self._remaining(now)):
+            if not self._pays(remaining, least):
+                break
             able = [peer for peer in idle if peer.has(index) and index not in peer.asks and peer.room]
             if not able:
                 continue
             cost, peer = min(
                 ((self._expected(p, p.outstanding + self._lengths[index]), p) for p in able),
-                key=lambda pair: (pair[0], pair[1].order),
+                key=lambda pair: (not pair[1].pace.rate, pair[0], pair[1].order),
             )
-            if remaining <= 2 * cost:
+            if not self._pays(remaining, cost):
                 continue
             if peer.pace.rate and index != next(iter(slow.asks)) and index not in self._extra:
                 self._withdraw(slow, index)
@@ -595,9 +606,15 @@ class Swarm:
             self._effects.append(Ask(peer.id, (index,)))
             self._alarms.set(peer, self._silent_until(peer), now)
 
+    def _pays(self, remaining: float, cost: float) -> bool:
+        """Whether to have in `cost` seconds what would be here in `remaining`: it may have left already."""
+        return remaining > 2 * cost and not remaining - cost < self._typical < math.inf
+
     def _expected(self, peer: Partner, size: int) -> float:
         """Seconds until `size` bytes would be here from `peer`; what is usual, until it has shown."""
-        return peer.pace.expected(size) if peer.pace.rate else min(self._typical, USUAL)
+        if peer.pace.rate:
+            return peer.pace.expected(size)
+        return self._typical if self._typical < math.inf else USUAL
 
     def _remaining(self, now: float) -> Iterator[tuple[float, int, Partner, int]]:
         """(seconds until it is likely to be here, order, who was asked last, index) of what is asked."""
@@ -646,8 +663,6 @@ class Swarm:
             for block, bits in enumerate(peer.have):
                 assert not bits & self._rarity.wanted[block] or peer.useful >> block & 1
         assert 0 <= self._doubled <= self._doubled_max
-        resting = any(
-            peer.stalls and not peer.asks and peer.alarm < math.inf for peer in self._peers.values()
-        )
+        resting = any(not peer.asks and peer.alarm < math.inf for peer in self._peers.values())
         if not self.complete:
             assert (self.deadline < math.inf) == bool(asks or resting), "a tick is due iff there is a reason"

@@ -179,8 +179,8 @@ class AnyHistory(RuleBasedStateMachine):
         self.urgent |= set(needed)
         self.step(Urgent(needed))
         for index in (self.urgent - self.held) & set(range(len(self.lengths))):
-            able = [p for p, have in self.have.items() if index in have and p in self.proven]
-            answering = [p for p in able if not self.swarm._peers[p].stalls]
+            able = [self.swarm._peers[p] for p, have in self.have.items() if index in have]
+            answering = [p for p in able if p.pace.rate and not p.stalls]
             assert not answering or any(index in self.asked[p] for p in self.have)
 
     @rule()

@@ -22,7 +22,7 @@ import itertools
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -298,15 +298,17 @@ class World:
     def look(self, node: Node) -> None:
         events, node.inbox = node.inbox, []
         node.looks = self.now + self.gather
-        for event in events:
-            self.step(node, event)
+        self.steps(node, events)
 
     def step(self, node: Node, event: Event) -> None:
+        self.steps(node, (event,))
+
+    def steps(self, node: Node, events: Sequence[Event]) -> None:
         swarm = node.swarm
         if swarm is None:
             return
         self._steps += 1
-        for effect in swarm.step(event, self.now):
+        for effect in swarm.steps(events, self.now):
             match effect:
                 case Ask(peer, wanted, urgent):
                     if pipe := node.links.get(peer):

@@ -56,11 +56,6 @@ class Outcome:
         return max(node.finished or float("inf") for node in self.honest)
 
     @property
-    def able(self):
-        """Seconds until the last was that can send."""
-        return max(node.finished or float("inf") for node in self.honest if node.nature.up > MBIT)
-
-    @property
     def copies(self):
         """How many times the pack left the origin."""
         return self.origin.sent / sum(self.world.lengths)
@@ -189,22 +184,17 @@ def test_silent_peers_do_not_hold_the_swarm(seed):
 
 @each_seed
 def test_slow_peers_do_not_hold_the_swarm(seed):
-    """20 % send at a hundredth of the others' pace; what cannot be made up is their uplinks.
-
-    They themselves are later: what they ask waits behind what they send, four seconds a chunk.
-    """
+    """20 % send at a hundredth of the others' pace; what cannot be made up is their uplinks."""
     outcome = play(seed, Weather(slow=10))
     everybody, able = 51, 41
-    assert outcome.able < 1.3 * clear(seed).last * everybody / able
-    assert outcome.last < 2.5 * clear(seed).last
+    assert outcome.last < 1.3 * clear(seed).last * everybody / able
     assert outcome.doubled < TWICE
 
 
 @each_seed
 def test_all_weathers_at_once(seed):
     outcome = play(seed, Weather(loss=0.02, liars=8, sometimes=4, mute=4, slow=4, crashes=20, drops=60))
-    assert outcome.able < 2 * clear(seed).last
-    assert outcome.last < 2.5 * clear(seed).last
+    assert outcome.last < 2 * clear(seed).last
 
 
 @each_seed
