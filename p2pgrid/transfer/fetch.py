@@ -59,12 +59,12 @@ OBJECT_PATIENCE = 15.0
 GATHER = 0.025
 """Seconds that reports of links wait for more of them: a step and a message for each would cost
 as much as the bytes.  Peers are asked for more than arrives in that time, once they are at it."""
-GATHERED = 16
+GATHERED = 32
 """Reports that are not waited with: a fast peer brings all it was asked for within `GATHER`."""
 GATHER_FIRST = 0.005
 """The same while somebody has not brought `FIRST` bytes: it is asked for little, and would be idle."""
 FIRST = 2 << 20
-ANNOUNCE = 0.025
+ANNOUNCE = 0.05
 """Seconds that news of chunks wait for more of them."""
 REPORT = 0.25
 """Seconds between two progress reports."""

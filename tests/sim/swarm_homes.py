@@ -92,7 +92,8 @@ class Homes(World):
 
     def go(self, node: Node) -> None:
         self.left += 1
-        self.here.remove(node)
+        if node in self.here:  # else it leaves before it has met anybody
+            self.here.remove(node)
         if self.rng.random() < SILENT:
             self.lose(node)
         else:

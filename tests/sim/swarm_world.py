@@ -134,8 +134,8 @@ class World:
         loss: float = 0.0,
         commit: int = 256 << 10,
         window: int = 256 << 10,
-        announce: float = 0.025,
-        gather: float = 0.005,
+        announce: float = 0.05,
+        gather: float = 0.025,
         check_every: int = CHECK_EVERY,
     ) -> None:
         self.rng = random.Random(seed)
