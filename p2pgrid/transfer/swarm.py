@@ -420,7 +420,9 @@ class Swarm:
         self._effects.append(Withdraw(peer.id, index))
         self._drop(peer, index)
         if not (peer.pace.rate or peer.stalls):  # it may come all the same: then we know more
-            peer.rests_until = self._now + (USUAL if self._typical == math.inf else min(self._typical, REST))
+            peer.rests_until = self._now + (
+                USUAL if self._typical == math.inf else min(4 * self._typical, REST)
+            )
             self._alarms.set(peer, peer.rests_until, self._now)
 
     def _want(self, index: int) -> None:
