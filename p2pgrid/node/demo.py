@@ -170,10 +170,10 @@ def _main_job(homes: list[Path], folder: Path, disk: Path, bars: Bars) -> dict[s
     }
 
 
-def _texts(folder: Path) -> dict[str, str]:
-    """The small files that a guest left in /scratch."""
+def _texts(folder: Path) -> dict[str, list[str]]:
+    """The lines of the small files that a guest left in /scratch."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and ".p2pgrid" not in p.parts)
-    return {str(p.relative_to(folder)): p.read_text(errors="replace")[:4096] for p in files}
+    return {str(p.relative_to(folder)): p.read_text(errors="replace")[:4096].splitlines() for p in files}
 
 
 def _sources(home: Path, putter: str) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _story(v: dict[str, Any]) -> str:
     for task in v["results"]:
         lines.append(f"task {task['index']} on {task['node']}, exit {task['exit']}, wrote to /scratch:")
         for name, text in task["files"].items():
-            lines += [f"  {name}", *(f"    | {line}" for line in text.splitlines())]
+            lines += [f"  {name}", *(f"    | {line}" for line in text)]
     lines += ["", "bytes of the disk (and of the job's inputs) by source:"]
     for s in v["sources"]:
         lines.append(
