@@ -94,7 +94,7 @@ def _arguments() -> argparse.ArgumentParser:
         )
         one.add_argument("--systems", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="SYSTEM")
         one.add_argument("--runs", type=int, default=1)
-        one.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where the hosts keep things")
+        one.add_argument("--folder", type=Path, help="where the hosts keep things, instead of in memory")
         one.add_argument("--plot", type=Path, metavar="DIR", help="draw PNG and SVG there")
         one.add_argument("--congestion", default="cubic", help="TCP's control, as the kernel calls it")
         one.add_argument(

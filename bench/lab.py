@@ -37,6 +37,7 @@ from bench.account import Account, groups_of, remove_group
 
 LOCKS = Path("/run/p2pgrid-bench")
 SPACES = Path("/run/netns")
+MEMORY = Path("/dev/shm")
 BUFFER = 0.025
 """Seconds of its rate that a shaped link holds back before it drops."""
 BURST = 32 << 10
@@ -126,6 +127,7 @@ class Lab:
         self.name = name
         self.folder = folder
         self.hosts: list[Host] = []
+        self.in_memory = folder.is_mount()
         self._congestion = congestion
         self._ahead = ahead
         self._wire = self._space("wire")
@@ -209,8 +211,10 @@ def _empty(space: str) -> None:
 
 
 @contextlib.contextmanager
-def open_lab(folder: Path, congestion: str = "cubic", ahead: bool = False) -> Iterator[Lab]:
+def open_lab(folder: Path | None, congestion: str = "cubic", ahead: bool = False) -> Iterator[Lab]:
     """A lab of this process, with scratch in `folder`; gone without a trace when the block is left.
+
+    Without a folder it is in memory, in huge pages, and what the hosts take of it is warm (`ballast.py`).
 
     `congestion` is TCP's control in every host, as the kernel calls it; `ahead`: the hosts' processes go
     before everything else on this machine.
@@ -224,10 +228,12 @@ def open_lab(folder: Path, congestion: str = "cubic", ahead: bool = False) -> It
         held = lock.open("x")
         fcntl.flock(held, fcntl.LOCK_EX)
     with held:
-        scratch = Path(tempfile.mkdtemp(prefix=f"{lock.name}-", dir=folder))
+        scratch = Path(tempfile.mkdtemp(prefix=f"{lock.name}-", dir=folder or MEMORY))
         held.write(str(scratch))
         held.flush()
         try:
+            if folder is None:
+                sh(f"mount -t tmpfs -o huge=always,size=90% {lock.name} {scratch}")
             lab = Lab(lock.name, scratch, congestion, ahead)
             with Account(f"{lock.name}-driver", ahead).joined():  # or it would hear late that they are done
                 yield lab
@@ -235,7 +241,7 @@ def open_lab(folder: Path, congestion: str = "cubic", ahead: bool = False) -> It
             if lab:
                 lab.clear()
             _remove(lock.name)
-            shutil.rmtree(scratch, ignore_errors=True)
+            _clean(scratch)
             lock.unlink()
 
 
@@ -265,8 +271,14 @@ def sweep() -> None:
             _remove(lock.name)
             scratch = Path(file.read())
             if scratch.name.startswith(f"{lock.name}-"):
-                shutil.rmtree(scratch, ignore_errors=True)
+                _clean(scratch)
             lock.unlink()  # last: an interrupted removal is done again
+
+
+def _clean(scratch: Path) -> None:
+    if scratch.is_mount():
+        sh(f"umount -l {scratch}")
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remove(name: str) -> None:
