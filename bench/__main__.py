@@ -12,6 +12,7 @@ JSON lines go to stdout, a table to stderr, plots to `--plot DIR`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import re
@@ -27,6 +28,7 @@ from bench.lab import Lab
 from bench.peers import PEERS, peer
 from bench.publish import publish
 from bench.scenario import Case, Network, bout, ratios
+from bench.warm import warm
 
 OTHERS = {
     "kills": "bench.kills",
@@ -35,6 +37,10 @@ OTHERS = {
     "plane": "bench.exchange",
     "rates": "bench.rates",
 }
+
+
+PROCESSES = 256 << 20
+"""Bytes of memory that a host's processes and sockets take."""
 
 
 def main() -> None:
@@ -46,10 +52,14 @@ def main() -> None:
     if why := labs.absent():
         sys.exit(f"bench: {why}")
     rows: list[dict[str, Any]] = []
-    with labs.stoppable(), labs.open_lab(given.folder, given.congestion, given.ahead) as lab:
+    with (
+        labs.stoppable(),
+        labs.open_lab(given.folder, given.congestion, given.ahead) as lab,
+        warm(lab.folder, _memory(given)) if given.folder is None else contextlib.nullcontext(),
+    ):
         disks = [_sliced(disk, given.slice, lab.folder) for disk in given.disk]
         for file in (*disks, *([given.old] if given.bench == "update" else [])):
-            _warm(file)
+            _cache(file)
         run = publish if given.bench == "publish" else transfer
         for row in run(lab, given, disks):
             rows.append(row)
@@ -126,6 +136,14 @@ def _size(text: str) -> int:
     return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]
 
 
+def _memory(given: argparse.Namespace) -> int:
+    """Bytes of memory that hosts take at most: the files, and what processes need."""
+    sizes = [min(disk.stat().st_size, given.slice or disk.stat().st_size) for disk in given.disk]
+    old = given.old.stat().st_size if given.bench == "update" else 0
+    workers = 1 if given.bench == "publish" else max(given.workers)
+    return (workers + 2) * (max(sizes) + old + PROCESSES)
+
+
 def _sliced(disk: Path, size: int | None, folder: Path) -> Path:
     """`size` bytes out of the middle of `disk`, as a raw disk of their own."""
     if size is None or size >= disk.stat().st_size:
@@ -137,7 +155,7 @@ def _sliced(disk: Path, size: int | None, folder: Path) -> Path:
     return out
 
 
-def _warm(file: Path) -> None:
+def _cache(file: Path) -> None:
     """Read it once: every system finds it in memory."""
     with file.open("rb") as opened:
         while opened.read(8 << 20):

@@ -127,7 +127,6 @@ class Lab:
         self.name = name
         self.folder = folder
         self.hosts: list[Host] = []
-        self.in_memory = folder.is_mount()
         self._congestion = congestion
         self._ahead = ahead
         self._wire = self._space("wire")
@@ -214,7 +213,7 @@ def _empty(space: str) -> None:
 def open_lab(folder: Path | None, congestion: str = "cubic", ahead: bool = False) -> Iterator[Lab]:
     """A lab of this process, with scratch in `folder`; gone without a trace when the block is left.
 
-    Without a folder it is in memory, in huge pages, and what the hosts take of it is warm (`ballast.py`).
+    Without a folder it is in memory.
 
     `congestion` is TCP's control in every host, as the kernel calls it; `ahead`: the hosts' processes go
     before everything else on this machine.
@@ -232,8 +231,6 @@ def open_lab(folder: Path | None, congestion: str = "cubic", ahead: bool = False
         held.write(str(scratch))
         held.flush()
         try:
-            if folder is None:
-                sh(f"mount -t tmpfs -o huge=always,size=90% {lock.name} {scratch}")
             lab = Lab(lock.name, scratch, congestion, ahead)
             with Account(f"{lock.name}-driver", ahead).joined():  # or it would hear late that they are done
                 yield lab
@@ -241,7 +238,7 @@ def open_lab(folder: Path | None, congestion: str = "cubic", ahead: bool = False
             if lab:
                 lab.clear()
             _remove(lock.name)
-            _clean(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
             lock.unlink()
 
 
@@ -271,14 +268,8 @@ def sweep() -> None:
             _remove(lock.name)
             scratch = Path(file.read())
             if scratch.name.startswith(f"{lock.name}-"):
-                _clean(scratch)
+                shutil.rmtree(scratch, ignore_errors=True)
             lock.unlink()  # last: an interrupted removal is done again
-
-
-def _clean(scratch: Path) -> None:
-    if scratch.is_mount():
-        sh(f"umount -l {scratch}")
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remove(name: str) -> None:

@@ -33,7 +33,6 @@ from typing import Any
 import attrs
 
 from bench.account import looking
-from bench.ballast import ballast
 from bench.grid import together
 from bench.lab import Host, Lab
 from bench.peers import Bout, Peer
@@ -88,19 +87,12 @@ def bout(lab: Lab, made: type[Peer], case: Case) -> dict[str, Any]:
     if why := made.absent() or (case.old and not made.updates and "it has no use for an old version"):
         return row | {"skipped": why}
     try:
-        with ballast(lab.folder, _memory(case) if lab.in_memory else 0):
-            return row | _measured(made(Bout(case.file, case.old, *_hosts(lab, case))), case)
+        return row | _measured(made(Bout(case.file, case.old, *_hosts(lab, case))), case)
     except FAILURES as failed:
         said = getattr(failed, "stderr", None) or ""
         return row | {"failed": f"{type(failed).__name__}: {failed}\n{said}".strip()}
     finally:
         lab.clear()
-
-
-def _memory(case: Case) -> int:
-    """Bytes of memory that a bout may take: files, and 256 MiB for each host."""
-    sizes = case.file.stat().st_size + (case.old.stat().st_size if case.old else 0)
-    return (case.workers + 2) * (sizes + (256 << 20))
 
 
 def _hosts(lab: Lab, case: Case) -> tuple[Host, list[Host]]:
