@@ -1,9 +1,10 @@
 """Be p2pgrid in the bench: real daemons, the putter a coordinator, one data directory each.
 
 `p2pgrid` is the fetch that a task waits for: the first half of `get`, until the disk is complete and
-verified in the worker's store, ready to boot.  `p2pgrid-written` is the whole of `get`, until
-the image is a file at the worker's, too.  Holders are looked up, links made and bytes
-encrypted within the time that is measured.
+verified in the worker's store, ready to boot; when all is measured it is written out of there to be compared,
+by every worker where that is little, by the last one where it is more than `PROOF`.  `p2pgrid-written` is the
+whole of `get`, until the image is a file at the worker's, too.  Holders are looked up, links made and
+bytes encrypted within the time that is measured.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from p2pgrid.node.launch import LOG
 PORT = 4321
 PATIENCE = 60.0
 """Seconds until every worker is a member and idle."""
+
+
+PROOF = 1 << 30
+"""Bytes that workers write in all, at most, to show what they have; beyond it one of them does."""
 
 
 class Complete(Exception):
@@ -80,7 +85,15 @@ class P2pgrid(Peer):
         fetch(worker, self._published["disk"])
 
     def output(self, worker: Host) -> Path | None:
-        return None  # verified in the store; `p2pgrid-written` shows that it comes out as it went in
+        workers = self.bout.workers
+        if worker is not workers[-1] and self.bout.file.stat().st_size * len(workers) > PROOF:
+            return None
+        return self._write(worker)
+
+    def _write(self, worker: Host) -> Path:
+        out = worker.folder / self.bout.file.name
+        ask(worker, "get", disk=self._published["disk"], out=str(out), format=None)
+        return out
 
     def facts(self) -> dict[str, Any]:
         """The pack's bytes, and whose of them the workers had."""
@@ -111,14 +124,10 @@ class P2pgridWritten(P2pgrid):
     name = "p2pgrid-written"
 
     def fetch(self, worker: Host) -> None:
-        out = self.output(worker)
-        ask(worker, "get", disk=self._published["disk"], out=str(out), format=None)
+        self._write(worker)
 
     def output(self, worker: Host) -> Path:
-        return worker.folder / "out" / self.bout.file.name
-
-    def arm(self, worker: Host) -> None:
-        self.output(worker).parent.mkdir()
+        return worker.folder / self.bout.file.name
 
 
 def ask(host: Host, op: str, /, on_event: Callable[[Any], None] | None = None, **args: Any) -> Any:

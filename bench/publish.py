@@ -21,7 +21,7 @@ from bench import table
 from bench.grid import report
 from bench.lab import Lab
 from bench.peers import Bout, peer
-from bench.scenario import FAILURES
+from bench.scenario import FAILURES, what_failed
 
 GIB = 1 << 30
 BLAKE3 = (
@@ -64,7 +64,7 @@ def _one_file(lab: Lab, systems: Sequence[str], file: Path) -> Iterator[dict[str
             for what in ("new", "known"):
                 yield {"system": name, "what": what, **_timed(host.account.cpu, system.publish)}
         except FAILURES as failed:
-            yield {"system": name, "failed": f"{type(failed).__name__}: {failed}"}
+            yield {"system": name, **what_failed(failed, made, lab)}
         lab.clear()
 
 

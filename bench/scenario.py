@@ -16,8 +16,9 @@ be late.  Its row, in the order of the table:
     rss_origin, rss_worker   MiB, peak; the worker's is the largest
     to_file, to_wire         shaped: T ÷ (file size ÷ rate) and T ÷ (bytes of one copy ÷ rate), where T is the
                              most that any worker took from its own beginning
+    compared                 workers whose file was then compared with the source, byte by byte
 
-What came out is compared with the file, byte by byte.
+Where a bout fails, `logs` is the folder in which what its hosts wrote down is kept (`bench/logs.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 
 import attrs
 
+from bench import logs
 from bench.account import looking
 from bench.grid import together
 from bench.lab import Host, Lab
@@ -89,10 +91,17 @@ def bout(lab: Lab, made: type[Peer], case: Case) -> dict[str, Any]:
     try:
         return row | _measured(made(Bout(case.file, case.old, *_hosts(lab, case))), case)
     except FAILURES as failed:
-        said = getattr(failed, "stderr", None) or ""
-        return row | {"failed": f"{type(failed).__name__}: {failed}\n{said}".strip()}
+        return row | what_failed(failed, made, lab)
     finally:
         lab.clear()
+
+
+def what_failed(failed: Exception, made: type[Peer], lab: Lab) -> dict[str, Any]:
+    """For the row of a bout that failed; its hosts are still there."""
+    said = getattr(failed, "stderr", None) or ""
+    kept = logs.keep(lab.hosts, made.name)
+    found = {"failed": f"{type(failed).__name__}: {failed}\n{said}".strip()}
+    return found | ({"logs": str(kept)} if kept else {})
 
 
 def _hosts(lab: Lab, case: Case) -> tuple[Host, list[Host]]:
@@ -122,9 +131,8 @@ def _measured(system: Peer, case: Case) -> dict[str, Any]:
         counts = [Counts.of(host) - b for host, b in zip(hosts, before, strict=True)]
         peaks = [host.account.peak() for host in hosts]
         facts = system.facts()
-    for worker in system.bout.workers:
-        _compare(system.output(worker), case.file)
-    return {**published, **_row(case, walls, counts, peaks, facts), **facts}
+    compared = sum(_compare(system.output(worker), case.file) for worker in system.bout.workers)
+    return {**published, **_row(case, walls, counts, peaks, facts), **facts, "compared": compared}
 
 
 def _fetch(system: Peer, worker: Host, case: Case) -> Callable[[], float]:
@@ -191,11 +199,13 @@ def _row(
     return row
 
 
-def _compare(came: Path | None, file: Path) -> None:
-    """Raises `AssertionError` where something else came out."""
-    if came is not None:
-        done = subprocess.run(["cmp", came, file], capture_output=True, text=True)
-        assert done.returncode == 0, f"not what was sent: {done.stdout}{done.stderr}"
+def _compare(came: Path | None, file: Path) -> bool:
+    """Whether there was something to compare.  Raises `AssertionError` where something else came out."""
+    if came is None:
+        return False
+    done = subprocess.run(["cmp", came, file], capture_output=True, text=True)
+    assert done.returncode == 0, f"not what was sent: {done.stdout}{done.stderr}"
+    return True
 
 
 # --- beside each other -------------------------------------------------------------------

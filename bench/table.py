@@ -42,7 +42,8 @@ def _lacking(row: dict[str, Any]) -> str:
     for why in ("skipped", "failed"):
         if why in row:
             said = row[why].splitlines()
-            return f"{why}: {said[0]}" + (f" … {said[-1].strip()}" if said[1:] else "")
+            kept = f" (logs in {row['logs']})" if "logs" in row else ""
+            return f"{why}: {said[0]}" + (f" … {said[-1].strip()}" if said[1:] else "") + kept
     return ""
 
 

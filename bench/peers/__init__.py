@@ -12,7 +12,7 @@ the bout, and calls it in this order; what is measured is marked:
     arm(worker)          of each worker: a process that waits for the word, where the system has one
     fetch(worker)        MEASURED: of all workers at one moment, in a thread each; returns when this
                          worker has the whole file, verified as the system verifies it
-    output(worker)       compared with `bout.file` byte by byte
+    output(worker)       when all is measured: compared with `bout.file` byte by byte
 
 What a system starts, it starts by `host.start()` or `host.run()`: in the host's namespace and
 accounts (CPU, memory), ended with the bout whatever happens.  Nothing else needs to be taken
@@ -79,7 +79,7 @@ class Peer:
         raise NotImplementedError
 
     def output(self, worker: Host) -> Path | None:
-        """The file that `worker` got; None where there is none to compare."""
+        """The file that `worker` got, written now where the system keeps it otherwise; None: not compared."""
         return worker.folder / self.bout.file.name
 
     def facts(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from bench import lab as labs
-from bench.peers import PEERS, peer
+from bench import logs
+from bench.lab import Host
+from bench.peers import PEERS, Peer, peer
 from bench.scenario import Case, Network, bout
 
 NAMES = [name for name, place in PEERS.items() if place.startswith("bench.peers.")]
@@ -58,3 +60,44 @@ def test_an_old_version_saves_what_the_system_can_find_in_it(name: str, tmp_path
 def test_a_program_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert peer("https").absent() == "nginx, curl, openssl not installed"
+
+
+class Liar(Peer):
+    """Says that the file is there, where something else is, and writes down what it did."""
+
+    name = "liar"
+
+    def fetch(self, worker: Host) -> None:
+        (worker.folder / self.bout.file.name).write_bytes(bytes(SIZE))
+        (worker.folder / "data").mkdir()
+        (worker.folder / "data" / "daemon.log").write_bytes(b"began" + bytes(logs.MOST) + b"lied")
+
+
+def test_what_differs_from_the_source_has_failed_and_its_logs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "disk.raw"
+    file.write_bytes(os.urandom(SIZE))
+    with labs.open_lab(tmp_path) as lab:
+        row = bout(lab, Liar, Case("swarm", file, None, 2, Network()))
+    assert "not what was sent" in row["failed"]
+    assert Path(row["logs"]).is_relative_to(tmp_path / "cache")
+    for name in ("worker-0", "worker-1"):
+        kept = (Path(row["logs"]) / name / "data" / "daemon.log").read_bytes()
+        assert len(kept) == logs.MOST
+        assert kept.endswith(b"lied")
+
+
+def test_only_the_newest_logs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(logs, "FOLDERS", 2)
+    with labs.open_lab(tmp_path) as lab:
+        host = lab.host("origin")
+        assert logs.keep(lab.hosts, "none") is None
+        (host.folder / "error.log").write_text("no")
+        for moment in ("1", "2", "3"):
+            monkeypatch.setattr(logs.time, "strftime", lambda _, moment=moment: moment)
+            logs.keep(lab.hosts, "nginx")
+    kept = sorted((tmp_path / "cache" / "p2pgrid-bench" / "failed").iterdir())
+    assert [folder.name[:7] for folder in kept] == ["2-nginx", "3-nginx"]
