@@ -3,7 +3,7 @@
     python -m bench swarm   [--disk FILE] [--slice 128M] [--workers 1 4 8] [--rate 200] [--slow 20] [--late 5]
     python -m bench update  --old v1.vdi --disk v2.vdi v2r.vdi [--workers 1 8] [--rate 200]
     python -m bench publish [--disk FILE]
-    python -m bench kills | latency | planner | plane | rates        each with --help of its own
+    python -m bench kills | latency | memory | planner | plane | rates        each with --help of its own
 
 Hosts are network namespaces on one bridge (root is needed), shaped where `--rate` is given.
 JSON lines go to stdout, a table to stderr, plots to `--plot DIR`.
@@ -25,14 +25,16 @@ from bench import lab as labs
 from bench import table
 from bench.grid import report
 from bench.lab import Lab
+from bench.middle import middle, ratios
 from bench.peers import PEERS, peer
 from bench.publish import publish
-from bench.scenario import Case, Network, bout, ratios
+from bench.scenario import Case, Network, bout
 from bench.warm import warm
 
 OTHERS = {
     "kills": "bench.kills",
     "latency": "bench.latency",
+    "memory": "bench.memory",
     "planner": "bench.planner",
     "plane": "bench.exchange",
     "rates": "bench.rates",
@@ -80,11 +82,17 @@ def transfer(lab: Lab, given: argparse.Namespace, disks: Sequence[Path]):
         for workers in given.workers:
             case = Case(given.bench, file, given.old if given.bench == "update" else None, workers, network)
             report(f"\n{table.title(case.describe())}\n{table.head()}")
+            seen: dict[str, list[dict[str, Any]]] = {system: [] for system in given.systems}
             for run in range(given.runs):
                 for system in given.systems:
                     row = {**bout(lab, peer(system), case), "run": run}
                     report(table.line(row))
+                    seen[system].append(row)
                     yield row
+            if given.runs > 1:
+                report(f"\nmedians of {given.runs} runs; last and CPU from least to most")
+                for rows in seen.values():
+                    report(table.line(middle(rows)))
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
     python -m bench.plot [FILE.jsonl …] [--to DIR]     [the figures in docs/, drawn anew into docs/]
 
-Rows of the same case and system are one bar, the median of them; a system that was skipped or
-failed keeps its line, and says so.  What the figures mean: `bench/scenario.py`.
+Rows of the same case and system are one bar, the median of them, with a line from the least to the most; a
+system that was skipped or failed keeps its line, and says so.  What the figures mean: `bench/scenario.py`.
 
     tables.md              the same figures as tables
     swarm-DISK[-rateR…]    time to the last, CPU, bytes, memory; shaped: time to a whole copy's, copies sent
@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from bench.middle import middle
 from bench.peers import PEERS
 
 FIGURES = Path(__file__).parents[1] / "docs" / "explanation" / "figures"
@@ -159,10 +159,16 @@ def _bar(axis: Any, panel: Panel, row: Row, at: float, height: float, most: floa
         return
     colours = OURS if row["system"].startswith("p2pgrid") else OTHERS
     value /= panel.unit
-    shown = min(value, most * 1.08)
+    end = most * 1.08
+    shown = min(value, end)
     axis.barh(at, shown, height * 0.92, color=colours[min(place, len(colours) - 1)])
     text = f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-    axis.text(shown + most * 0.01, at, f"… {text}" if shown < value else text, va="center", fontsize=6.5)
+    if row["runs"] > 1:
+        least, farthest = (min(row[way][panel.key] / panel.unit, end) for way in ("least", "most"))
+        axis.plot([least, farthest], [at, at], color="black", linewidth=0.8, marker="|", markersize=4)
+        shown = max(shown, farthest)
+    cut = "… " if end < value else ""
+    axis.text(shown + most * 0.015, at, cut + text, va="center", fontsize=6.5)
 
 
 def _medians(picture: Picture) -> dict[tuple[str, str], Row]:
@@ -170,16 +176,7 @@ def _medians(picture: Picture) -> dict[tuple[str, str], Row]:
     every: dict[tuple[str, str], list[Row]] = {}
     for bar, row in picture.rows:
         every.setdefault((row["system"], bar), []).append(row)
-    found = {}
-    for key, rows in every.items():
-        ended = [row for row in rows if "last" in row] or rows[-1:]
-        middle = dict(ended[-1])
-        for panel in picture.panels:
-            values = [row[panel.key] for row in ended if panel.key in row]
-            if values:
-                middle[panel.key] = statistics.median(values)
-        found[key] = middle
-    return found
+    return {key: middle(rows) for key, rows in every.items()}
 
 
 def _place(system: str) -> tuple[int, str]:
@@ -208,21 +205,30 @@ COLUMNS = (  # key, title, decimals, what one unit is
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """The same figures as a page of Markdown."""
+    """The same figures as a page of Markdown: medians, and how far apart the runs were."""
     page = ["# Tables\n\nWritten by `python -m bench.plot`; what they mean: [figures](../figures.md).\n"]
     for picture in pictures(rows):
         columns = [c for c in COLUMNS if any(c[0] in row for _, row in picture.rows)]
         page += [f"\n## {picture.title}\n", f"![]({picture.name}.svg)\n"]
         page.append("| | |" + "".join(f" {title} |" for _, title, _, _ in columns))
         page.append("|---|---|" + "---|" * len(columns))
-        for bar, row in picture.rows:
-            cells = [
-                f"{row[key] / unit:.{decimals}f}" if key in row else "" for key, _, decimals, unit in columns
-            ]
+        for (system, bar), row in _medians(picture).items():
+            cells = [_cell(row, *column) for column in columns]
             why = row.get("skipped") or row.get("failed")
             cells = [f"{'skipped' if 'skipped' in row else 'failed'}: {_first(why)}"] if why else cells
-            page.append(f"| {row['system']} | {bar} | " + " | ".join(cells) + " |")
+            page.append(f"| {system} | {bar} | " + " | ".join(cells) + " |")
     return "\n".join(page) + "\n"
+
+
+def _cell(row: Row, key: str, _: str, decimals: int, unit: float) -> str:
+    """The figure, and behind it from where to where it went where there were several runs."""
+    if key not in row:
+        return ""
+    said = f"{row[key] / unit:.{decimals}f}"
+    if row["runs"] > 1 and key in row["least"]:
+        least, most = (f"{row[way][key] / unit:.{decimals}f}" for way in ("least", "most"))
+        said += f" ({least} to {most})" if least != most else ""
+    return said
 
 
 def _first(text: str) -> str:

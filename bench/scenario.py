@@ -206,36 +206,3 @@ def _compare(came: Path | None, file: Path) -> bool:
     done = subprocess.run(["cmp", came, file], capture_output=True, text=True)
     assert done.returncode == 0, f"not what was sent: {done.stdout}{done.stderr}"
     return True
-
-
-# --- beside each other -------------------------------------------------------------------
-
-RATIOS = ("last", "cpu", "received", "sent_origin", "rss_worker")
-
-
-def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """p2pgrid's figures over each other system's of the same case, each the median of its runs."""
-    cases: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        if "last" in row:
-            case = {k: row.get(k) for k in ("bench", "disk", "workers", "rate", "slow", "late")}
-            key = " ".join(f"{k}={v}" for k, v in case.items() if v is not None)
-            cases.setdefault(key, {}).setdefault(row["system"], []).append(row)
-    found = []
-    for key, systems in cases.items():
-        middle = {
-            name: {k: statistics.median(r[k] for r in runs) for k in RATIOS} for name, runs in systems.items()
-        }
-        for ours in (name for name in middle if name.startswith("p2pgrid")):
-            found += [
-                {
-                    "bench": "ratio",
-                    "case": key,
-                    "system": ours,
-                    "to": other,
-                    **{k: round(middle[ours][k] / v, 3) for k, v in theirs.items() if v},
-                }
-                for other, theirs in middle.items()
-                if not other.startswith("p2pgrid")
-            ]
-    return found

@@ -34,7 +34,16 @@ def line(row: dict[str, Any]) -> str:
         f"{row[key] / unit:>{width}.{decimals}f}" if key in row else " " * (width - 1) + "-"
         for key, _, width, decimals, unit in COLUMNS
     )
-    return begin + "".join(cells)
+    return begin + "".join(cells) + _spread(row)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    """From where to where the runs of a median went."""
+    if row.get("runs", 1) == 1:
+        return ""
+    least, most = row["least"], row["most"]
+    said = f"   last {least['last']:.2f} to {most['last']:.2f}, CPU {least['cpu']:.2f} to {most['cpu']:.2f}"
+    return said + (f"; {row['runs_failed']} more failed" if "runs_failed" in row else "")
 
 
 def _lacking(row: dict[str, Any]) -> str:

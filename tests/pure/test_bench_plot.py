@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from bench.middle import middle, ratios
 from bench.plot import _medians, _most, pictures, plot, tables
+from bench.table import line
 
 
 def row(system: str, **facts: Any) -> dict[str, Any]:
@@ -54,11 +56,35 @@ def test_the_same_rows_give_the_same_file(tmp_path: Path):
     assert "skipped" in one[1].read_text()
 
 
-def test_tables_tell_every_row_and_why_one_is_missing():
+def test_runs_are_shown_as_a_line_from_the_least_to_the_most(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra `bench`")
+    (_, three), (_, one) = plot(ROWS[:3], tmp_path / "three"), plot([ROWS[2]], tmp_path / "one")
+    assert three.read_text().count("<use") == one.read_text().count("<use") + 2 * len(
+        pictures(ROWS)[0].panels
+    )
+
+
+def test_tables_tell_every_system_and_why_one_is_missing():
     page = tables([*ROWS, row("zsync", failed="no|way\nTraceback")])
-    assert "| http | N = 1 | 9.0 | 1.00 | 500.0 | 100 |" in page
+    assert "| http | N = 1 | 4.0 (3.0 to 9.0) | 1.00 | 500.0 | 100 |" in page
     assert "| zsync | N = 1 | failed: no/way |" in page
     assert page.count("\n## ") == 3
+
+
+def test_a_ratio_is_that_of_medians_and_tells_how_far_runs_of_the_same_number_differ():
+    ours = [row("p2pgrid", last=last, run=run, sent_origin=1) for run, last in enumerate((1.0, 2.0, 8.0))]
+    theirs = [row("http", last=last, run=run, sent_origin=0) for run, last in enumerate((4.0, 2.0, 5.0))]
+    theirs.append(row("http", failed="it was slow", run=3))
+    del theirs[-1]["last"]
+    (found,) = ratios([*ours, *theirs])
+    assert (found["system"], found["to"]) == ("p2pgrid", "http")
+    assert (found["last"], found["least"]["last"], found["most"]["last"]) == (0.5, 0.25, 1.6)
+    assert (found["runs"], "sent_origin" in found) == (3, False)
+    middles = middle(theirs)
+    assert (middles["last"], middles["runs"], middles["runs_failed"]) == (4.0, 3, 1)
+    assert "last 2.00 to 5.00" in line(middles)
+    assert "1 more failed" in line(middles)
+    assert middle(theirs[-1:])["failed"] == "it was slow"
 
 
 def test_an_axis_ends_where_one_bar_would_dwarf_the_rest():
