@@ -1,4 +1,4 @@
-"""Take the middle of several runs of one case: each figure's median, and from where to where it went.  Pure."""
+"""Take the middle of several runs of one case: the medians, and from where to where figures went.  Pure."""
 
 from __future__ import annotations
 
