@@ -124,8 +124,8 @@ class Shelf:
 
     # --- frames -----------------------------------------------------------------------
 
-    def put_frame(self, index: int, frame: bytes | memoryview) -> None:
-        """Keep the frame at `index`.
+    def put_frame(self, index: int, frame: bytes | memoryview, *, sync: bool = True) -> None:
+        """Keep the frame at `index`; without `sync` the caller must `flush` when it is `stale`.
 
         Raises `ChunkCorrupt` unless it is the one that the pack names, `NoSpace` or
         `Temporary` when the disk does not take it, `VerificationFailed` for a convicted pack.
@@ -148,8 +148,13 @@ class Shelf:
         if self._marks.set(index):
             with self._count_lock:
                 self._unsynced += length
-            if self._unsynced >= SYNC_BYTES and not self._syncing.locked():
+            if sync and self.stale and not self._syncing.locked():
                 self.flush()
+
+    @property
+    def stale(self) -> bool:
+        """Whether much of what was put would be lost in a power cut."""
+        return self._unsynced >= SYNC_BYTES
 
     def get_frame(self, index: int) -> bytes:
         """The frame at `index`, as the pack names it.
@@ -286,9 +291,10 @@ class Shelf:
 
 def bitmap(flags: Iterable[bool]) -> bytes:
     """Bit i (LSB first) is flag i."""
-    flags = list(flags)
-    bits = bytearray(-(-len(flags) // 8))
+    bits = bytearray()
     for index, flag in enumerate(flags):
+        if not index & 7:
+            bits.append(0)
         if flag:
-            bits[index >> 3] |= 1 << (index & 7)
+            bits[-1] |= 1 << (index & 7)
     return bytes(bits)

@@ -38,6 +38,7 @@ from p2pgrid.hole_punch.greeting import bare, connect, discard, greet
 from p2pgrid.hole_punch.link import Link, Receive, Receiver
 from p2pgrid.hole_punch.path import ADDRESSES_MAX, Address, Way, candidates, own_addresses
 from p2pgrid.hole_punch.rates import Rates
+from p2pgrid.hole_punch.reactor import Reactor, reactors_wanted
 from p2pgrid.hole_punch.tls import Tls
 from p2pgrid.ids import PeerId
 from p2pgrid.net import Channel, Network
@@ -56,7 +57,7 @@ NEGOTIATION_PATIENCE = 12.0
 HANDSHAKES_MAX = 32
 """Connections at our port that have not shown who they are; more are dropped."""
 LINKS_MAX = 512
-"""Links (and so threads) of one node; more are declined."""
+"""Links of one node; more are declined."""
 STAGGER = 0.05
 """Seconds between the starts of dials to one peer, best address first."""
 
@@ -107,7 +108,9 @@ class Links:
         self._allow = allow
         self._nursery = nursery
         self._certificate = Certificate.make(network.me)
-        self._threads = trio.CapacityLimiter(2 * LINKS_MAX)  # links that are ending hold theirs a moment
+        self._threads = trio.CapacityLimiter(reactors_wanted())
+        self._reactors = [Reactor() for _ in range(reactors_wanted())]
+        self._token = trio.lowlevel.current_trio_token()
         self._handshakes = 0
         self._over = False
         self._links: dict[PeerId, Link] = {}
@@ -245,8 +248,9 @@ class Links:
         try:
             host = ipaddress.ip_address(tls.socket.getpeername()[0].partition("%")[0])
             rates = self.rates.link(private=not host.is_global)
-            link = Link(peer, way, tls, self._receive, rates)
-        except OSError:  # no descriptor left for what wakes its thread, or the peer is gone already
+            reactor = min(self._reactors, key=len)
+            link = Link(peer, way, tls, self._receive, rates, reactor.call, self._ended)
+        except OSError:  # the peer is gone already
             tls.close()
             raise
         if welcome:
@@ -258,16 +262,24 @@ class Links:
         if self._over or self._paused:
             link.close()
         self._arrivals.pop(peer, trio.Event()).set()
-        self._nursery.start_soon(self._live, link, name=f"link {peer}")
+        link.wake()
         return link
 
-    async def _live(self, link: Link) -> None:
-        with trio.CancelScope(shield=True):  # it ends by `close`, and closes its socket in its thread
-            await trio.to_thread.run_sync(link.run, limiter=self._threads)
-        if self._links.get(link.peer) is link:
-            del self._links[link.peer]
+    def _ended(self, link: Link) -> None:
+        """In a reactor's thread."""
+
+        def forget() -> None:
+            if self._links.get(link.peer) is link:
+                del self._links[link.peer]
+
+        self._token.run_sync_soon(forget)
 
     # --- sockets --------------------------------------------------------------------------
+
+    async def _move(self, reactor: Reactor) -> None:
+        """Have the reactor's thread until all links have ended, which `close` tells them."""
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(reactor.run, limiter=self._threads)
 
     async def _dial(self, peer: PeerId, certificate: bytes, told: Sequence[str], way: Way) -> Link | None:
         """Dial all of a peer's addresses, greet those that answer one by one, keep the first that is it."""
@@ -350,11 +362,15 @@ async def open_links(
                     links.bound.append(listener.socket.getsockname()[:2])
                     nursery.start_soon(links._listen, listener)
             network.serve(PROTOCOL, links._serve)
+            for reactor in links._reactors:
+                nursery.start_soon(links._move, reactor, name="links")
             yield links
         finally:
             links._over = True
             for link in links.live():
                 link.close()
+            for reactor in links._reactors:
+                reactor.stop()
             nursery.cancel_scope.cancel()
 
 

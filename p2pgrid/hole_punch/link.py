@@ -1,12 +1,11 @@
-"""Move messages over one TLS socket, in one thread, both ways at once.
+"""Move messages over one TLS socket, both ways at once, a turn at a time.
 
-An OpenSSL session must not be used by two threads, and a blocking read would keep writes
-waiting: so the thread that owns the socket never blocks in it.  It polls the socket and a
-waker, reads into the buffer of `Framing`, and writes from a queue:
+A turn (`reactor.py`) never blocks: it reads into the buffer of `Framing` what has come, asks the
+receiver for more to send, and writes from a queue as much as the socket takes:
 
-    any thread --send--> queue ---> |        |
-                                    | thread | <--TLS--> peer
-    receiver <--received, drained-- |        |
+    any thread --send--> queue ---> |  turns in the  | <--TLS--> peer
+    receiver <--received, drained-- |  reactor's     |
+                                    |  thread        |
 
 Backpressure: nothing that is long is queued before `drained` asks for it, so a slow peer holds
 about `LOW` bytes here, and TCP does the rest.  A peer that has us queue more than `QUEUE_MAX`
@@ -16,8 +15,6 @@ without reading is not coming back.
 from __future__ import annotations
 
 import collections
-import math
-import select
 import socket
 import struct
 import threading
@@ -28,8 +25,10 @@ from typing import Protocol
 from p2pgrid.errors import BadFrame, PeerError
 from p2pgrid.hole_punch.framing import HEADER, Framing, header
 from p2pgrid.hole_punch.path import Way
-from p2pgrid.hole_punch.rates import LinkRates, Rates
-from p2pgrid.hole_punch.tls import READ, RECORD, Tls
+from p2pgrid.hole_punch.rates import LinkRates
+from p2pgrid.hole_punch.reactor import READ, WRITE, Next
+from p2pgrid.hole_punch.tls import READ as AT_ONCE
+from p2pgrid.hole_punch.tls import RECORD, Tls
 from p2pgrid.ids import PeerId
 
 LOW = 256 << 10
@@ -38,8 +37,8 @@ LOW_SECONDS = 0.25
 """Seconds that what is queued may take to be sent, where a rate is capped."""
 QUEUE_MAX = 32 << 20
 """Bytes queued beyond which the peer has stopped reading what it asked for."""
-BURST = 1 << 20
-"""Bytes moved one way before the other way gets its turn."""
+BURST = 512 << 10
+"""Bytes sent in one turn."""
 TCP_INFO_SIZE, RTT_AT, MIN_RTT_AT = 152, 68, 148
 """Bytes of Linux' `tcp_info` that are looked at, and where the delay (µs) lies in it."""
 SEAL = 128 << 10
@@ -47,7 +46,7 @@ SEAL = 128 << 10
 
 
 class Receiver(Protocol):
-    """Takes what one link brings.  Every call comes in the link's own thread."""
+    """Takes what one link brings.  Every call comes in the reactor's thread: other links wait meanwhile."""
 
     def received(self, message: memoryview) -> None:
         """`message` is good until this returns.  Raising `PeerError` ends the link."""
@@ -61,38 +60,46 @@ class Receiver(Protocol):
         ...
 
     def left(self, why: str) -> None:
-        """After the last message; nothing sent from now on arrives."""
+        """After the last message; nothing sent from now on arrives.  The last call."""
         ...
 
 
 Receive = Callable[["Link"], Receiver]
-"""Makes the receiver of a new link; called by whoever makes the link, before its thread starts."""
+"""Makes the receiver of a new link; called by whoever makes the link, before its first turn."""
 
 
 class Link:
     """A live connection to one peer.  Thread-safe."""
 
     def __init__(
-        self, peer: PeerId, way: Way, tls: Tls, receive: Receive, rates: LinkRates | None = None
+        self,
+        peer: PeerId,
+        way: Way,
+        tls: Tls,
+        receive: Receive,
+        rates: LinkRates,
+        call: Callable[[Link], None],
+        ended: Callable[[Link], None],
     ) -> None:
+        """`call` has the link called for a turn, `ended` hears when it has had its last."""
         self.peer = peer
         self.way = way
         self._tls = tls
-        self._rates = rates or Rates().link(private=True)
+        self._rates = rates
+        self._call = call
+        self._ended = ended
         self._framing = Framing()
         self._queue: collections.deque[tuple[bytes, ...]] = collections.deque()
         self._bulk: collections.deque[tuple[bytes, ...]] = collections.deque()
         """Messages that every other overtakes."""
-        self._queued = 0
+        self._put = self._gone = 0
+        """Bytes that were queued, and of them those that were sent."""
         self._pieces: collections.deque[bytes] = collections.deque()
         self._begun = memoryview(b"")
         """What is left of the message that was taken from a queue last: whole pieces, and of one piece."""
         self._sealed = 0
         self._lock = threading.Lock()
         self._closing = ""
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._asleep = self._rung = self._nudged = False
         self.receiver = receive(self)
 
     def __repr__(self) -> str:
@@ -105,12 +112,15 @@ class Link:
     @property
     def queued(self) -> int:
         """Bytes that wait to be sent."""
-        return self._queued
+        return self._put - self._gone
 
     @property
     def low(self) -> int:
         """Bytes queued below which the receiver is asked for more: less where a cap makes them wait long."""
         return int(min(LOW, max(RECORD, LOW_SECONDS * self._rates.up_rate)))
+
+    def fileno(self) -> int:
+        return self._tls.fileno()
 
     def send(self, *buffers: bytes, bulk: bool = False) -> None:
         """Queue one whole message; never blocks.  On a link that has ended it is lost.
@@ -119,88 +129,59 @@ class Link:
         as what they send.
         """
         length = sum(map(len, buffers))
+        message = (header(length) + buffers[0], *buffers[1:]) if buffers else (header(0),)
         with self._lock:
             if self._closing:
                 return
-            message = (header(length) + buffers[0], *buffers[1:]) if buffers else (header(0),)
             (self._bulk if bulk else self._queue).append(message)
-            self._queued += HEADER + length
-            if self._queued > QUEUE_MAX:
+            self._put += HEADER + length
+            if self.queued > QUEUE_MAX:
                 self._closing = "the peer does not read"
-            self._ring()
+        if not bulk:  # what is long was asked for in a turn, which goes on
+            self._call(self)
 
     def close(self, why: str = "closed here") -> None:
-        """End the link soon; `left` is called in its thread."""
-        with self._lock:
-            self._closing = self._closing or why
-            self._ring()
+        """End the link soon; `left` is called in the reactor's thread."""
+        self._closing = self._closing or why
+        self._call(self)
 
     def wake(self) -> None:
         """Have the receiver asked for more, though nothing happened here."""
-        with self._lock:
-            self._nudged = True
-            self._ring()
+        self._call(self)
 
-    def _ring(self) -> None:
-        """Wake the thread; the lock is held, so that the waker is not closed meanwhile."""
-        if self._asleep and not self._rung:
-            self._rung = True
-            self._waker.send(b"\0")
+    # --- in the reactor's thread ----------------------------------------------------------
 
-    def run(self) -> None:
-        """Be the link's thread: returns when the link has ended and its socket is closed."""
-        why = "our own mistake"
+    def turn(self, readable: bool) -> Next | None:
         try:
-            why = self._pump()
+            then = None if self._closing else self._go_on(readable)
+            return None if self._closing else then
         except EOFError:
-            why = "the peer closed the link"
+            self._closing = "the peer closed the link"
         except PeerError as wrong:
-            why = str(wrong)
+            self._closing = str(wrong)
         except OSError as broken:
-            why = f"the connection broke: {broken}"
-        finally:
-            with self._lock:
-                self._closing = self._closing or why
-                self._asleep = False
-                self._queue.clear()
-                self._bulk.clear()
-                self._queued = 0
-                self._waker.close()
-            self._woken.close()
-            self._tls.close()
-            self.receiver.left(self._closing)
+            self._closing = f"the connection broke: {broken}"
+        return None
 
-    def _pump(self) -> str:
-        poll = select.poll()
-        poll.register(self._woken, select.POLLIN)
-        poll.register(self._tls, select.POLLIN)
-        interest, readable = select.POLLIN, True
-        while not self._closing:
-            reading, writing = self._waits()
-            more = self._pull() if readable and not reading else False
-            again = self.receiver.drained() if self._queued < self.low else None
-            sent, blocked = (0, False) if writing else self._push()
-            if more or (sent and self._queued < self.low):
-                readable = True  # more may be there to read, or to be asked for
-                continue
-            wanted = (0 if reading else select.POLLIN) | (select.POLLOUT if blocked else 0)
-            if wanted != interest:
-                interest = wanted
-                poll.modify(self._tls, interest)
-            waits = [wait for wait in (again, reading or None, writing or None) if wait is not None]
-            with self._lock:
-                nudged, self._nudged = self._nudged, False
-                if nudged or ((self._queue or self._bulk) and not blocked and not writing):
-                    continue  # it came after the look at the queue, and rang nothing
-                self._asleep = not self._closing
-            ready = poll.poll(math.ceil(1000 * min(waits)) if waits else None) if self._asleep else []
-            with self._lock:
-                self._asleep = False
-                if self._rung:
-                    self._woken.recv(1)
-                    self._rung = False
-            readable = reading > 0 or any(fd == self._tls.fileno() for fd, _ in ready)
-        return self._closing
+    def end(self, why: str) -> None:
+        with self._lock:
+            self._closing = self._closing or why
+            self._queue.clear()
+            self._bulk.clear()
+            self._put = self._gone = 0
+        self._tls.close()
+        self._ended(self)
+        self.receiver.left(self._closing)
+
+    def _go_on(self, readable: bool) -> Next:
+        reading, writing = self._waits()
+        more = self._pull() if readable and not reading else False
+        again = self.receiver.drained() if self.queued < self.low else None
+        sent, blocked = (0, False) if writing else self._push()
+        goes_on = not blocked and not writing and (sent > 0 or self.queued > 0)
+        waits = [wait for wait in (again, reading or None, writing or None) if wait is not None]
+        wanted = (0 if reading else READ) | (WRITE if blocked else 0)
+        return more or goes_on, min(waits, default=None), wanted
 
     def _waits(self) -> tuple[float, float]:
         """Seconds until something may be read, and until something may be written."""
@@ -212,7 +193,7 @@ class Link:
             if len(about) == TCP_INFO_SIZE:
                 delay, base = (struct.unpack_from("I", about, at)[0] / 1e6 for at in (RTT_AT, MIN_RTT_AT))
                 self._rates.observe(delay, base, now)
-        return self._rates.may_read(now), self._rates.may_send(now) if self._queued else 0.0
+        return self._rates.may_read(now), self._rates.may_send(now) if self.queued else 0.0
 
     def _push(self) -> tuple[int, bool]:
         """Seal and send from the queue: how many bytes went, and whether the socket takes no more."""
@@ -221,8 +202,7 @@ class Link:
         while self._tls.flush():
             if self._sealed:
                 sent += self._sealed
-                with self._lock:
-                    self._queued -= self._sealed
+                self._gone += self._sealed
                 self._sealed = 0
             if sent >= most:
                 return sent, False
@@ -253,7 +233,7 @@ class Link:
 
     def _pull(self) -> bool:
         """Read and hand over messages; whether there may be more without waiting for it."""
-        most = RECORD if self._rates.capped else READ
+        most = RECORD if self._rates.capped else AT_ONCE
         space = self._framing.space()
         count = self._tls.read(space[:most] if most == RECORD else space, most)
         if count and most == RECORD:

@@ -150,6 +150,7 @@ class Download:
                         nursery.start_soon(self.resort.run)
                         nursery.start_soon(self._report)
                         nursery.start_soon(self._collect)
+                        nursery.start_soon(self._keep_synced)
                         nursery.start_soon(self._announce)
                         try:
                             await self._objects()
@@ -275,6 +276,16 @@ class Download:
             if self._urgent and shelf is top:
                 self._feed([Urgent(tuple(self._urgent))])
             await drive(_Gathered(self._swarm), inbox, self._perform)
+
+    async def _keep_synced(self) -> None:
+        while True:
+            await self._freshly.wait()
+            if self._shelf is not None and self._shelf.stale:
+                try:
+                    await trio.to_thread.run_sync(self._shelf.flush)
+                except WorldError as refused:
+                    self._give_up(refused)
+            await trio.sleep(ANNOUNCE)
 
     async def _flush(self) -> None:
         for part in self._top.parts if self._top is not None else ():

@@ -119,7 +119,7 @@ class Want:
 
     def _store(self, index: int, data: bytes | memoryview) -> None:
         try:
-            self._shelf.put_frame(index, data)
+            self._shelf.put_frame(index, data, sync=False)  # which would keep all links waiting
         except ChunkCorrupt:
             self._wanter.report(Rejected(self.peer, index))
         except WorldError as full:

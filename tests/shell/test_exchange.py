@@ -391,7 +391,7 @@ async def test_a_full_disk_ends_the_fetch_with_what_the_store_says(
         hold(putter, disk)
         hold(worker, disk, range(3))
 
-        def full(index: int, frame: bytes) -> None:
+        def full(index: int, frame: bytes, *, sync: bool) -> None:
             raise NoSpace(wanted=1, free=0, where="here")
 
         monkeypatch.setattr(worker.store.shelf(disk.pack), "put_frame", full)
