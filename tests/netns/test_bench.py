@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 
 from bench import lab as labs
 from bench.account import groups_of
+from bench.warm import BLOCK, warm
 from tests.grid_processes import until
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +48,21 @@ def remains(pid: int) -> list[object]:
     processes = [
         p for p in psutil.process_iter(["cmdline"]) if f"/{name}-" in " ".join(p.info["cmdline"] or [])
     ]
-    return [*spaces, *folders, *processes, *groups_of(name)]
+    return [*spaces, *folders, *processes, *groups_of(name), *held(f"/{name}-")]
+
+
+def held(path: str) -> list[tuple[Path, str]]:
+    """Who has which files open or mapped whose names contain `path`; removed ones, too."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        names = []
+        with contextlib.suppress(OSError):  # it ends just now
+            names += (process / "maps").read_text().splitlines()
+            for fd in (process / "fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # it was that of this very list
+                    names.append(os.readlink(fd))
+        found += [(process, name) for name in names if path in name]
+    return found
 
 
 @pytest.fixture
@@ -129,14 +146,32 @@ def test_what_a_killed_bench_leaves_is_swept_and_a_living_one_is_not_touched(
 ):
     living = slow()
     killed = slow()
+    (warm,) = {name.split("/warm")[-1] for _, name in held(f"/pgb{killed.pid}-") if "/warm" in name}
+    assert warm == " (deleted)"
     killed.kill()
     killed.communicate()
     assert remains(killed.pid)
+    assert not [name for _, name in held(f"/pgb{killed.pid}-") if "/warm" in name]  # its daemons live on
     with labs.open_lab(tmp_path):
         assert remains(killed.pid) == []
         assert living.poll() is None
         assert remains(living.pid)
     assert remains(os.getpid()) == []
+
+
+def test_what_is_kept_warm_is_a_page_in_each_block_and_goes_with_it():
+    with labs.open_lab(None) as lab:
+        with warm(lab.folder, 20 * BLOCK + 1):
+            kept = f"{lab.folder}/warm (deleted)"
+            assert len(held(kept)) == 1
+            assert list(lab.folder.iterdir()) == []
+            (file,) = [
+                fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == kept
+            ]
+            file = os.fstat(int(file))
+            assert file.st_size == 20 * BLOCK
+            assert file.st_blocks * 512 == 20 * mmap.PAGESIZE
+        assert held(f"{lab.folder}/warm") == []
 
 
 def test_a_link_keeps_its_rate_and_counts_headers(tmp_path: Path):
