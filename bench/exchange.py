@@ -81,7 +81,7 @@ async def node(root: Path, place: int, chunks: int) -> None:
         async def provide(self, key: bytes) -> None:
             await trio.lowlevel.checkpoint()
 
-        async def find(self, key: bytes, most: int = 20) -> list[PeerId]:
+        async def find(self, key: bytes, most: int = 20, *, soon: bool = False) -> list[PeerId]:
             await trio.lowlevel.checkpoint()
             return []
 

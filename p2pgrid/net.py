@@ -76,6 +76,6 @@ class Index(Protocol):
         """Announce `key` no more; what others remember of it may take long to fade."""
         ...
 
-    async def find(self, key: bytes, most: int = 20) -> list[PeerId]:
-        """Peers that announced `key`; the network has learned their addresses."""
+    async def find(self, key: bytes, most: int = 20, *, soon: bool = False) -> list[PeerId]:
+        """Peers that announced `key`, or some, but `soon`; the network has learned their addresses."""
         ...

@@ -71,7 +71,7 @@ class MemoryIndex:
         await trio.lowlevel.checkpoint()
         self._node.world.records.get(key, {}).pop(self._node.me, None)
 
-    async def find(self, key: bytes, most: int = 20) -> list[PeerId]:
+    async def find(self, key: bytes, most: int = 20, *, soon: bool = False) -> list[PeerId]:
         await trio.lowlevel.checkpoint()
         found = [peer for peer in self._node.world.records.get(key, ()) if peer != self._node.me][:most]
         for peer in found:

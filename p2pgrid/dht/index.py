@@ -26,6 +26,7 @@ import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.common import PROTOCOL_ID
+from libp2p.kad_dht.utils import sort_peer_ids_by_distance
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 
@@ -56,6 +57,15 @@ ADDED_MAX = 200
 
 ASKED_MAX = 64
 """Requests a server works on at once; libp2p resets all beyond 12."""
+
+NEAREST = 20
+"""Servers that keep a record, and are asked for it."""
+
+ASKED_AT_ONCE = 4
+"""Servers asked at once in a lookup."""
+
+STAGGER = 0.5
+"""Seconds that one alone has to answer before another is asked beside it, where the first answer will do."""
 
 LOOKUP_PATIENCE = 20.0
 """Seconds for one lookup, dead peers and all."""
@@ -110,32 +120,51 @@ class KademliaIndex:
         self._fresh.pop(name, trio.Event()).set()
         self._forget(name)
 
-    async def find(self, key: bytes, most: int = 20) -> list[PeerId]:
-        """Others that announced `key`, in no order; asks the network each time, for hints age."""
+    async def find(self, key: bytes, most: int = 20, *, soon: bool = False) -> list[PeerId]:
+        """Others that announced `key`, in no order; asks the network each time, for hints age.
+
+        Each server that is asked also tells of servers nearer to the key, which are asked next.  `soon`: the
+        first answer that names somebody will do, and those we are connected to are asked first.
+        """
         name = _name(key)
         await self._join()
         found: dict[PeerId, None] = {}
+        self._note(self._kademlia.provider_store.get_providers(name), found)
+        near = set(self._network.connected) if soon else set()
+        known = self._kademlia.routing_table.find_local_closest_peers(name, NEAREST)
+        asked: set[Any] = {self._network.libp2p.get_id()}
+        wanted = 1 if soon else most
 
-        def note(providers: Sequence[Any]) -> None:
-            for provider in providers:
-                peer = PeerId(provider.peer_id.to_base58())
-                if peer != self._network.me:
-                    self._network.learn(peer, [str(address) for address in provider.addrs])
-                    found[peer] = None
+        def unasked() -> Any | None:
+            nearest = [s for s in sort_peer_ids_by_distance(name, known)[:NEAREST] if s not in asked]
+            return min(nearest, key=lambda server: server.to_base58() not in near, default=None)
 
-        async def ask(server: Any) -> None:
-            note((await store._get_providers_from_peer_with_closers(server, name))[0])
-            if len(found) >= most:
+        async def ask(delay: float) -> None:
+            await trio.sleep(delay)
+            while len(found) < wanted and (server := unasked()) is not None:
+                asked.add(server)
+                store = self._kademlia.provider_store
+                about, nearer = await store._get_providers_from_peer_with_closers(server, name)
+                self._note(about, found)
+                known.extend(peer for peer in nearer if peer not in known)
+            if len(found) >= wanted:
                 asking.cancel_scope.cancel()
 
-        store = self._kademlia.provider_store
-        note(store.get_providers(name))
         with trio.move_on_after(LOOKUP_PATIENCE):
-            nearest = await self._kademlia.peer_routing.find_closest_peers_network(name)
-            async with trio.open_nursery() as asking:
-                for server in nearest:
-                    asking.start_soon(ask, server)
+            while (
+                len(found) < wanted and unasked() is not None
+            ):  # again: one that found none may have been early
+                async with trio.open_nursery() as asking:
+                    for place in range(ASKED_AT_ONCE):
+                        asking.start_soon(ask, place * STAGGER if soon else 0)
         return list(found)[:most]
+
+    def _note(self, providers: Sequence[Any], found: dict[PeerId, None]) -> None:
+        for provider in providers:
+            peer = PeerId(provider.peer_id.to_base58())
+            if peer != self._network.me:
+                self._network.learn(peer, [str(address) for address in provider.addrs])
+                found[peer] = None
 
     async def refresh(self) -> None:
         """Get to know the servers there are; done by itself every now and then."""

@@ -198,7 +198,8 @@ class Company:
     async def _find(self, key: Cid) -> None:
         try:
             with contextlib.suppress(Unreachable, NotFound):
-                self.hint(await self._searching.index.find(bytes(key)))
+                # Whoever is found first tells of the others.
+                self.hint(await self._searching.index.find(bytes(key), soon=not self.looked))
                 self.looked += 1
         finally:
             self._finding.discard(key)
