@@ -7,10 +7,10 @@ that is in none of them ends the attempt, and nothing else was spent on it.
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NoReturn
 
+import attrs
 from nacl.signing import SigningKey
 
 from p2pgrid.dht.lineage import NotLike, sampled
@@ -36,6 +36,16 @@ def known_in(
     return [s for s in own if all(name in s.layout.index for name in names)]
 
 
+@attrs.frozen
+class _AnyOf:
+    """What is in one of `parts`."""
+
+    parts: Sequence[Container[bytes]]
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in part for part in self.parts)
+
+
 def same_coding(shelves: Sequence[Shelf]) -> Coding:
     """No frames at all.  Raises `NotLike` as soon as the disk proves to be none of `shelves`."""
 
@@ -48,4 +58,4 @@ def same_coding(shelves: Sequence[Shelf]) -> Coding:
                 return shelf.pack
         raise NotLike
 
-    return Coding(squeeze, (), seal, ChainMap(*(shelf.layout.index for shelf in shelves)))
+    return Coding(squeeze, (), seal, _AnyOf([shelf.layout.index for shelf in shelves]))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import attrs
 
 from p2pgrid.dht.dagcbor import bounded, decode, encode, need, take
+from p2pgrid.dht.flat import Digests, Index
 from p2pgrid.dht.places import Places
 from p2pgrid.ids import DIGEST_SIZE, Cid
 
@@ -75,8 +76,8 @@ def encode_page(names: Sequence[bytes | None]) -> bytes | None:
     )
 
 
-def page_runs(data: bytes, positions: int) -> Iterator[int | list[bytes]]:
-    """The runs of a page that must tell exactly `positions` positions: so many holes, or names."""
+def page_runs(data: bytes, positions: int) -> Iterator[int | bytes]:
+    """The runs of a page that must tell exactly `positions` positions: so many holes, or names in a row."""
     runs, packed = take(decode(data), "page", "runs", "names")
     need(isinstance(runs, list) and isinstance(packed, bytes), "page")
     runs = [bounded(r, PAGE_SPAN, "run") for r in runs]
@@ -87,7 +88,7 @@ def page_runs(data: bytes, positions: int) -> Iterator[int | list[bytes]]:
         if i % 2 == 0:
             yield run
         else:
-            yield [packed[j : j + DIGEST_SIZE] for j in range(at, at + run * DIGEST_SIZE, DIGEST_SIZE)]
+            yield packed[at : at + run * DIGEST_SIZE]
             at += run * DIGEST_SIZE
 
 
@@ -95,7 +96,7 @@ def decode_page(data: bytes, positions: int) -> Names:
     """The names of a page, position by position."""
     names: Names = []
     for run in page_runs(data, positions):
-        names += [None] * run if isinstance(run, int) else run
+        names += [None] * run if isinstance(run, int) else Digests(run)
     return names
 
 
@@ -106,15 +107,15 @@ class Layout:
     cid: Cid
     content: Content
     names: Places
-    frames: tuple[bytes, ...]
+    frames: Digests
     """Distinct names; a chunk's index is its place here."""
-    index: dict[bytes, int]
+    index: Index
     """Name to index."""
 
     @classmethod
     def of(cls, cid: Cid, content: Content, names: Iterable[bytes | None]) -> Layout:
         places = names if isinstance(names, Places) else Places(names)
-        return cls(cid, content, places, tuple(places.by_name), places.by_name)
+        return cls(cid, content, places, places.by_name.digests, places.by_name)
 
     @property
     def holes(self) -> int:
@@ -142,6 +143,6 @@ def read_layout(cid: Cid, get: Callable[[Cid], bytes]) -> Layout:
             if isinstance(run, int):
                 names.skip(run)
             else:
-                names.extend(run)
+                names.fill(run)
         left -= span
     return Layout.of(cid, content, names)

@@ -31,9 +31,8 @@ class DeltaShelf(Shelf):
         """What it takes the parent has: `Packs` looks before anything is laid out."""
         super().__init__(folder, pack, layout, frames, signer)
         self._parent = parent
-        taken = [not length for length in frames.lengths]
-        self.taken = sum(taken)
-        self._taken_bits = int.from_bytes(bitmap(taken), "little")
+        self.taken = frames.lengths.count(0)
+        self._taken_bits = int.from_bytes(bitmap(not length for length in frames.lengths), "little")
 
     @property
     def parent(self) -> Shelf:

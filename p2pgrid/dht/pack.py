@@ -14,6 +14,8 @@ content, whoever signed a pack of it; `base` is only for who has none.
 from __future__ import annotations
 
 import itertools
+import sys
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ import attrs
 
 from p2pgrid.dht.content import CHUNK_SIZE, PAGE_SPAN, SIZE_MAX
 from p2pgrid.dht.dagcbor import bounded, decode, encode, need, take
+from p2pgrid.dht.flat import Digests, Flat, Sparse
 from p2pgrid.dht.signing import check_signature
 from p2pgrid.ids import DIGEST_SIZE, Cid
 
@@ -107,19 +110,24 @@ def decode_pack(data: bytes) -> Pack | Delta:
     return Delta.decode(data) if decode(data).get("kind") == "delta" else Pack.decode(data)
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Frames:
     """The frames of a pack, all pages read: lengths (bytes) and digests by index.
 
     In a delta a chunk of the parent has the length 0 and an empty digest.
     """
 
-    lengths: tuple[int, ...]
-    digests: tuple[bytes, ...]
+    lengths: array[int] = attrs.field(factory=lambda: array("I"))
+    digests: Flat = attrs.field(factory=Digests)
+    _offsets: array[int] = attrs.field(init=False)
 
-    def offsets(self) -> list[int]:
+    @_offsets.default
+    def _summed(self) -> array[int]:
+        return array("Q", itertools.accumulate(self.lengths, initial=0))
+
+    def offsets(self) -> Sequence[int]:
         """Where each frame starts in the pack file, and at the end the file's size."""
-        return [0, *itertools.accumulate(self.lengths)]
+        return self._offsets
 
 
 def encode_frames(lengths: Sequence[int], digests: Sequence[bytes]) -> bytes:
@@ -131,21 +139,24 @@ def encode_frames(lengths: Sequence[int], digests: Sequence[bytes]) -> bytes:
 
 def read_frames(pack: Pack | Delta, get: Callable[[Cid], bytes]) -> Frames:
     """Read the pages of a pack or a delta through `get`."""
-    lengths: list[int] = []
-    digests: list[bytes] = []
+    lengths, told = array("I"), array("I")
+    digests = bytearray()
     left = pack.count
     for page in pack.pages:
         span = min(PAGE_SPAN, left)
         packed, hashes = take(decode(get(page)), "frames", "lengths", "digests")
         need(isinstance(packed, bytes) and isinstance(hashes, bytes), "frames")
         need(len(packed) == 4 * span, "the number of frames")
-        some = [int.from_bytes(packed[i : i + 4], "big") for i in range(0, len(packed), 4)]
-        told = len(some) - some.count(0)
-        need(len(hashes) == DIGEST_SIZE * told, "the number of digests")
-        each = iter([hashes[i : i + DIGEST_SIZE] for i in range(0, len(hashes), DIGEST_SIZE)])
+        some = array("I", packed)
+        if sys.byteorder == "little":
+            some.byteswap()
+        need(len(hashes) == DIGEST_SIZE * (span - some.count(0)), "the number of digests")
+        if isinstance(pack, Delta):
+            told.extend(index for index, length in enumerate(some, len(lengths)) if length)
         lengths += some
-        digests += [next(each) if length else b"" for length in some]
+        digests += hashes
         left -= span
     least = 0 if isinstance(pack, Delta) else 1
-    need(all(least <= n <= FRAME_MAX for n in lengths), "the length of a frame")
-    return Frames(tuple(lengths), tuple(digests))
+    need(least <= min(lengths, default=1) <= max(lengths, default=1) <= FRAME_MAX, "the length of a frame")
+    names = Digests(digests)
+    return Frames(lengths, Sparse(len(lengths), told, names) if isinstance(pack, Delta) else names)

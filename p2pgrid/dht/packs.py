@@ -133,7 +133,7 @@ class Packs:
             tree = Tree.decode(data)
             if tree.pack is not None:
                 raise
-            return Told(cid, Layout.of(cid, Content(0, CHUNK_SIZE, ()), []), Frames((), ()), tree.signer)
+            return Told(cid, Layout.of(cid, Content(0, CHUNK_SIZE, ()), []), Frames(), tree.signer)
         layout, frames = read_layout(pack.content, get), read_frames(pack, get)
         if len(layout.frames) != len(frames.lengths):
             raise BadObject(why="a pack with another number of frames than its content has chunks")

@@ -6,10 +6,14 @@ size which somebody only claims costs nobody memory.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
+
+from p2pgrid.dht.flat import Index
+from p2pgrid.ids import DIGEST_SIZE
 
 
 class Places(Sequence[bytes | None]):
@@ -19,9 +23,8 @@ class Places(Sequence[bytes | None]):
     """
 
     def __init__(self, names: Iterable[bytes | None] = ()) -> None:
-        self.by_name: dict[bytes, int] = {}
+        self.by_name = Index()
         """Name to index, in the order of the indices."""
-        self._names: list[bytes] = []
         self._length = 0
         self._firsts = array("Q")  # of each run of chunks: its first position,
         self._begins = array("Q")  # and where its indices begin in `_indices`
@@ -29,22 +32,19 @@ class Places(Sequence[bytes | None]):
         self.extend(names)
 
     def extend(self, names: Iterable[bytes | None]) -> None:
-        position, hole = self._length, not self._indices or self._end() < self._length
-        for name in names:
-            if name is None:
-                hole = True
+        for filled, group in itertools.groupby(names, key=lambda name: name is not None):
+            if filled:
+                self.fill(b"".join(name for name in group if name is not None))
             else:
-                if hole:
-                    self._firsts.append(position)
-                    self._begins.append(len(self._indices))
-                    hole = False
-                index = self.by_name.get(name)
-                if index is None:
-                    index = self.by_name[name] = len(self._names)
-                    self._names.append(name)
-                self._indices.append(index)
-            position += 1
-        self._length = position
+                self.skip(sum(1 for _ in group))
+
+    def fill(self, packed: bytes) -> None:
+        """Add chunks: their names, one after the other."""
+        if not self._indices or self._end() < self._length:
+            self._firsts.append(self._length)
+            self._begins.append(len(self._indices))
+        self._indices.extend(self.by_name.add_all(packed))
+        self._length += len(packed) // DIGEST_SIZE
 
     def skip(self, count: int) -> None:
         """Add `count` holes."""
@@ -88,7 +88,7 @@ class Places(Sequence[bytes | None]):
                 return self._stretch(start, max(start, stop))
             return [self[i] for i in range(start, stop, step)]
         index = self.index_at(range(self._length)[at])
-        return None if index is None else self._names[index]
+        return None if index is None else self.by_name.digests[index]
 
     def _stretch(self, start: int, stop: int) -> list[bytes | None]:
         names: list[bytes | None] = [None] * (stop - start)
@@ -97,7 +97,7 @@ class Places(Sequence[bytes | None]):
             low, high = max(start, first), min(stop, first + self._stop(run) - begin)
             if low < high:
                 indices = self._indices[begin + low - first : begin + high - first]
-                names[low - start : high - start] = [self._names[index] for index in indices]
+                names[low - start : high - start] = map(self.by_name.digests.__getitem__, indices)
         return names
 
     def _stop(self, run: int) -> int:

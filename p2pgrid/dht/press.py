@@ -34,6 +34,7 @@ from nacl.signing import SigningKey
 
 from p2pgrid.dht.chunker import is_zero, length_at
 from p2pgrid.dht.files import explained, write_all
+from p2pgrid.dht.flat import Digests
 from p2pgrid.dht.frame import compress
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
@@ -47,7 +48,7 @@ from p2pgrid.dht.manifest import (
 from p2pgrid.dht.places import Places
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
-from p2pgrid.ids import DIGEST_SIZE, Cid, digest
+from p2pgrid.ids import Cid, digest
 
 BATCH = 16
 """Chunks (4 MiB) that a thread takes at a time: a few ms of work, so that cancelling is quick."""
@@ -180,7 +181,7 @@ class _Piece(NamedTuple):
 class _Bench:
     """What the threads of the pool share."""
 
-    def __init__(self, size: int, read: Read, coding: Coding, indexed: dict[bytes, int]) -> None:
+    def __init__(self, size: int, read: Read, coding: Coding, indexed: Container[bytes]) -> None:
         self._size = size
         self._read = read
         self._squeeze = coding.squeeze
@@ -264,7 +265,9 @@ class _Sheet:
         self._lengths = array("I")
         self._digests = bytearray()
         self._offset = 0
-        self._open_places: list[tuple[int, _Old]] = []
+        self._open_from: list[Shelf] = []  # of each place that is left open: who has its frame,
+        self._open_place = array("I")  # at which index,
+        self._open_at = array("Q")  # and where it goes
         self._syncing = ThreadPoolExecutor(1, "sync")
         self._synced = 0
         self._sync: Future[None] | None = None
@@ -284,7 +287,7 @@ class _Sheet:
                 continue
             self.names.skip(piece.position - len(self.names))
             count = len(self.names.by_name)
-            self.names.extend((piece.name,))
+            self.names.fill(piece.name)
             if len(self.names.by_name) > count:
                 self._unique_bytes += piece.length
                 self._append(piece.frame)
@@ -315,7 +318,9 @@ class _Sheet:
                         write_all(self._fd, frame, self._offset)
             case _Old(shelf, place):
                 length, name = shelf.frames.lengths[place], shelf.frames.digests[place]
-                self._open_places.append((self._offset, made))
+                self._open_from.append(shelf)
+                self._open_place.append(place)
+                self._open_at.append(self._offset)
             case None:
                 raise AssertionError("the first of equal chunks has a frame")
         self._lengths.append(length)
@@ -326,10 +331,7 @@ class _Sheet:
         """Put the objects, and fill the open places unless the pack is here already."""
         self.names.skip(-(-self._size // CHUNK_SIZE) - len(self.names))
         content = self._put_content()
-        digests = [
-            bytes(self._digests[at : at + DIGEST_SIZE]) for at in range(0, len(self._digests), DIGEST_SIZE)
-        ]
-        pack = self._seal(content, self._lengths, digests)
+        pack = self._seal(content, self._lengths, Digests(self._digests))
         shelf = self._store.shelf(pack)
         here = shelf is not None and shelf.complete
         if not here:
@@ -349,8 +351,8 @@ class _Sheet:
 
     def _fill(self) -> None:
         self._store.check_room(self._offset, self._offset)
-        for offset, old in self._open_places:
-            frame = old.shelf.get_frame(old.place)
+        for shelf, place, offset in zip(self._open_from, self._open_place, self._open_at, strict=True):
+            frame = shelf.get_frame(place)
             with explained(self._path, len(frame)):
                 write_all(self._fd, frame, offset)
             self._tell(self._size, self._size)

@@ -283,15 +283,15 @@ class Store:
 
     def _share(self, shelf: Shelf) -> None:
         """Copy frames that other packs here hold, each checked as it leaves."""
-        wanted = {d: i for i, d in enumerate(shelf.frames.digests) if not shelf.holds(i)}
-        for other in self.shelves():
-            if other is shelf:
-                continue
+        others = [other for other in self.shelves() if other is not shelf]
+        find = shelf.frames.digests.finder() if others else lambda name: None
+        for other in others:
             for index, name in enumerate(other.frames.digests):
-                if name in wanted and other.holds(index) and not shelf.holds(wanted[name]):
+                place = find(name)
+                if place is not None and other.holds(index) and not shelf.holds(place):
                     with contextlib.suppress(ChunkCorrupt, NotFound, Temporary, VerificationFailed):
                         frame = other.get_frame(index)
-                        shelf.put_frame(wanted[name], frame)
+                        shelf.put_frame(place, frame)
                         shelf.local_bytes += len(frame)
 
     def _fill(self, shelf: Shelf, staged: Path) -> None:

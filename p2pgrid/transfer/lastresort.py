@@ -130,7 +130,7 @@ class LastResort:
         self._added = trio.Event()
         self._slowness = Slowness()
         self._shelf: Shelf | None = None
-        self._offsets: list[int] = []
+        self._offsets: Sequence[int] = ()
         self._left: list[int] = []
         self._look_at = -math.inf
         self._own_at = self._due

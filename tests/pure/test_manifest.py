@@ -427,6 +427,6 @@ def test_a_layout_names_each_chunk_once():
     layout = Layout.of(
         Cid(DAG_CBOR, bytes(32)), Content(5 * CHUNK_SIZE, CHUNK_SIZE, (None,)), [b, None, a, b, a]
     )
-    assert layout.frames == (b, a)
+    assert tuple(layout.frames) == (b, a)
     assert layout.index == {b: 0, a: 1}
     assert layout.holes == 1
