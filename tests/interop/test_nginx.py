@@ -23,8 +23,9 @@ from p2pgrid.transfer import lastresort
 from p2pgrid.transfer.exchange import Exchange, Fetched, open_exchange
 from p2pgrid.transfer.origin import CONNECTIONS, Origin, OriginFailed
 from tests.certificates import self_signed
+from tests.grid_processes import p2pgrid, until
 from tests.memory_network import open_world
-from tests.small_disks import KEY, chunk
+from tests.small_disks import KEY, changed, chunk
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (apt-get install nginx-light)")
@@ -36,7 +37,7 @@ pid {folder}/nginx.pid;
 error_log stderr;
 events {{}}
 http {{
-  log_format seen "$connection $request_method $uri $status $http_range";
+  log_format seen "$connection $request_method $uri $status $body_bytes_sent $http_range";
   access_log {folder}/access.log seen;
   client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
   uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
@@ -85,6 +86,11 @@ def await_port(port: int, server: subprocess.Popen[bytes]) -> None:
             os.sched_yield()
 
 
+def log_of(folder: Path) -> list[list[str]]:
+    """What was asked: connection, method, path, status, bytes, range."""
+    return [line.split() for line in (folder / "access.log").read_text().splitlines()]
+
+
 @contextlib.asynccontextmanager
 async def worker(root: Path) -> AsyncIterator[Exchange]:
     async with open_world() as world:
@@ -121,7 +127,7 @@ async def test_a_disk_comes_from_nginx_alone(
                 assert exchange.store.begin(datum).read(0, len(plain)) == plain
                 (source,) = fetched.bytes_by_peer
                 assert source == f"origin 127.0.0.1:{urls[secure].rpartition(':')[2]}"
-        seen = [line.split() for line in (tmp_path / "access.log").read_text().splitlines()]
+        seen = log_of(tmp_path)
     parts = [line for line in seen if "/packs/" in line[2]]
     assert all(status == "206" for _, _, _, status, *_ in parts)
     assert len(parts) < len(plain) / (256 << 10) / 2, "frames are asked for together"
@@ -134,3 +140,44 @@ async def test_an_untrusted_nginx_is_not_asked(tmp_path: Path, exported: tuple[C
         there = Origin(secure, ssl.create_default_context())
         with pytest.raises(OriginFailed, match="not trusted"):
             await there.get_object(datum)
+
+
+def test_an_update_goes_from_put_to_a_file_by_nginx_alone(tmp_path: Path) -> None:
+    """By command lines, the putter down: what is new to who has the old version, all to who has nothing."""
+    old = [chunk(seed) for seed in range(1, 60)]
+    new = [changed(part, at) if at % 4 == 0 else part for at, part in enumerate(old)] + [chunk(-1)]
+    for name, parts in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.raw").write_bytes(b"".join(parts))
+    www, home = tmp_path / "www", tmp_path / "putter"
+    try:
+        first = p2pgrid("put", tmp_path / "old.raw", "--export", www, "--json", home=home).json
+        put = p2pgrid("put", tmp_path / "new.raw", "--parent", "old.raw", "--json", home=home).json
+        assert put["parent"] == first["content"]
+        exported = p2pgrid("disk", "export", "new.raw", www, "--json", home=home).json
+        assert exported["packs"] == 2
+    finally:
+        assert p2pgrid("down", home=home).code == 0
+    delta, whole = put["delta_bytes"], first["wire_bytes"]
+    assert put["wire_bytes"] == whole + delta
+    assert 4 * delta < whole + delta
+    tmp_path.chmod(0o755)
+    with nginx(tmp_path, www) as (url, _):
+        for name, steps in (("nothing", {"new": whole + delta}), ("parent", {"old": whole, "new": delta})):
+            home = tmp_path / name
+            try:
+                for version, size in steps.items():
+                    seen, out = len(log_of(tmp_path)), tmp_path / f"{name}-{version}.raw"
+                    cid = {"old": first, "new": put}[version]["disk"]
+                    got = p2pgrid("get", cid, "--origin", url, "-o", out, home=home)
+                    assert got.code == 0, got.err
+                    assert out.read_bytes() == (tmp_path / f"{version}.raw").read_bytes()
+
+                    def sent(seen: int = seen) -> int:
+                        parts = [line for line in log_of(tmp_path)[seen:] if "/packs/" in line[2]]
+                        assert {line[3] for line in parts} <= {"206"}
+                        return sum(int(line[4]) for line in parts)
+
+                    until(lambda n=size, sent=sent: sent() >= n, "nginx has logged it", 10.0)
+                    assert sent() == size
+            finally:
+                assert p2pgrid("down", home=home).code == 0
