@@ -25,18 +25,24 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1])
     arguments.add_argument("--chunks", type=int, default=CHUNKS)
     arguments.add_argument("--no-churn", action="store_true")
+    arguments.add_argument("--progress", action="store_true", help="a line every 5 simulated seconds")
     arguments.add_argument("--json", action="store_true")
     given = arguments.parse_args()
     for workers in given.workers:
         for seed in given.seeds:
             started = time.process_time()
-            times = Homes(seed, workers, chunks=given.chunks, churn=not given.no_churn).play()
+            world = Homes(seed, workers, chunks=given.chunks, churn=not given.no_churn)
+            times = world.play(progress=tell if given.progress else lambda line: None)
             cpu = time.process_time() - started
             print(f"seed {seed}: {times}; {cpu:.0f} CPU s", file=sys.stderr, flush=True)
             if given.json:
                 row = {"bench": "fluid", "seed": seed, **attrs.asdict(times)}
                 row |= {"efficiency": times.efficiency, "cpu": cpu}
                 print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
+
+
+def tell(line: str) -> None:
+    print(f"  {line}; {time.process_time():.0f} CPU s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from p2pgrid.dht.store import Store
 from p2pgrid.errors import BadFrame, BadObject, ChunkCorrupt, NotFound, WorldError
 from p2pgrid.hole_punch.link import Link
 from p2pgrid.ids import Cid
+from p2pgrid.transfer.guests import Guests
 from p2pgrid.transfer.messages import (
     BITS_MAX,
     INDICES_MAX,
@@ -60,6 +61,7 @@ class Audience:
         self._topics: dict[Cid, dict[tuple[Link, int], None]] = {}
         self._turns: dict[Cid, Turns] = {}
         self.slots: Slots[Link] = Slots()
+        self.guests: Guests[Link] = Guests()
 
     def join(self, pack: Cid, link: Link, topic: int) -> None:
         with self._lock:
@@ -93,14 +95,24 @@ class Audience:
     def tell(self, pack: Cid, indices: list[int], known: Callable[[Link], Callable[[int], bool]]) -> None:
         """Everyone who has opened `pack`: these are here now, but for what is `known` to be there, too."""
         for link, topic in self.of(pack):
+            if link not in self.guests:
+                continue
             there = known(link)
             news = tuple(index for index in indices if not there(index))
             for start in range(0, len(news), INDICES_MAX):
                 link.send(*encode(Have(topic, news[start : start + INDICES_MAX])))
 
     def show(self, shelf: Shelf) -> None:
-        """Everyone who has opened the shelf's pack: all that is here."""
+        """Everyone who has opened the shelf's pack, and need not wait: all that is here."""
         for link, topic in self.of(shelf.pack):
+            self.receive(link, topic, shelf)
+
+    def receive(self, link: Link, topic: int, shelf: Shelf) -> None:
+        """Show what is here, unless there are too many guests; it opens the pack again soon."""
+        enters, leaves = self.guests.knock(link, self.now())
+        if leaves is not None:
+            leaves.close("others have waited for long")
+        if enters:
             show(link, topic, shelf)
 
 
@@ -203,7 +215,7 @@ class Seeding:
         self._audience.join(pack, self._link, topic)  # first: from now on it is told what comes
         shelf = self._shelf(pack)
         if shelf is not None:
-            show(self._link, topic, shelf)
+            self._audience.receive(self._link, topic, shelf)
         self._opened(self._link, topic, pack)
 
     def _close(self, topic: int) -> None:
@@ -214,6 +226,8 @@ class Seeding:
             for key in [key for key in self._urgent if key[0] == topic]:
                 del self._urgent[key]
             self._audience.leave(closed.pack, self._link, topic)
+            if not self._topics:
+                self._audience.guests.leave(self._link)
 
     def _send_urgent(self) -> None:
         """Send what is urgent, before what is in the link already; not more than the link should hold."""

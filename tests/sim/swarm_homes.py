@@ -1,9 +1,9 @@
 """Simulate many workers at home: uplinks of 5 to 50 Mbit/s, downlinks of 4 to 10 times that, who come and go.
 
 A disk of 430 MB is `CHUNKS` chunks here, each standing for a run of frames: what peers say goes between
-frames.  Everybody has up to `NEIGHBOURS` links, the origin `GUESTS`; who finds no room there has what
-others have.  A worker is up for half an hour in the mean (exponential); who leaves is replaced at once
-by a newcomer who has nothing, so that N are up at any time.  Three in ten leave without a word.
+frames.  Everybody has up to `NEIGHBOURS` links, the origin as many as `Guests` lets in; who finds no room
+there has what others have.  A worker is up for half an hour in the mean (exponential); who leaves is replaced
+at once by a newcomer who has nothing, so that N are up at any time.  Three in ten leave without a word.
 
 The *fluid limit* is what N workers who stay would need if bytes were a liquid (Kumar and Ross, 2006):
 
@@ -16,9 +16,12 @@ what newcomers need is not in it.  Times are those of the first N that stay, and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import attrs
 
+from p2pgrid.ids import PeerId
+from p2pgrid.transfer.guests import Guests
 from p2pgrid.transfer.swarm import Told
 from tests.sim.swarm_world import MBIT, Nature, Node, Pipe, World
 
@@ -26,8 +29,8 @@ SIZE = 430 << 20
 CHUNKS = 300
 FRAME = 90 << 10
 NEIGHBOURS = 40
-GUESTS = 60
 UP_MEAN = 1800.0
+TELL = 5.0
 SILENT = 0.3
 """The share of leavers who say nothing."""
 
@@ -75,6 +78,7 @@ class Homes(World):
         self.number = 0
         self.left = 0
         self.here: list[Node] = []
+        self.guests: Guests[Node] = Guests()
         self.origin = self.add("origin", Nature(up=100 * MBIT, down=100 * MBIT), whole=True)
         self.first = [self.come() for _ in range(workers)]
 
@@ -106,7 +110,10 @@ class Homes(World):
             return
         if node not in self.here:
             self.here.append(node)
-        if len(self.origin.links) < GUESTS:
+        enters, leaves = self.guests.knock(node, self.now)
+        if leaves is not None:
+            self.unlink(leaves, self.origin)
+        if enters:
             self.link(node, self.origin)
         tries = 0
         while len(node.links) < NEIGHBOURS // 2 and tries < 4 * NEIGHBOURS:
@@ -143,8 +150,25 @@ class Homes(World):
                 if news:
                     self.hear(peer, Told(node.name, news))
 
+    def unlink(self, a: Node, b: Node) -> None:
+        super().unlink(a, b)
+        if b is self.origin:
+            self.guests.leave(a)
+
     def note(self, *facts: object) -> None:
-        """No trace: there are millions of them."""
+        """No trace: there are millions of them.  Who is complete is no guest any more."""
+        if facts[0] == "done":
+            self.guests.leave(self.nodes[PeerId(str(facts[1]))])
+
+    def so_far(self, waiting: int) -> str:
+        times = sorted(node.finished for node in self.first if node.finished is not None)
+        held = sum(node.have.count(1) for node in self.first) / len(self.lengths) / len(self.first)
+        row = f"at {self.now:.0f} s: {held:.1%} held, {len(times)} complete, {waiting} not yet"
+        for name, share in (("p50", 0.5), ("p99", 0.99)):  # of those that stay: the others count no more
+            place = int((len(times) + waiting) * share)
+            row += f", {name} {times[place]:.0f} s" if place < len(times) else ""
+        copies = self.origin.sent / sum(self.lengths)
+        return f"{row}; {self.now / self.limit():.2f} x the limit, origin sent {copies:.2f} copies"
 
     def limit(self) -> float:
         size, count = sum(self.lengths), len(self.first)
@@ -155,7 +179,8 @@ class Homes(World):
             count * size / (up + sum(node.nature.up for node in self.first)),
         )
 
-    def play(self, until: float = 3600.0) -> Times:
+    def play(self, until: float = 3600.0, progress: Callable[[str], None] = lambda line: None) -> Times:
+        """Until all are complete that stay; a line of `progress` every `TELL` simulated seconds."""
         waiting = set(self.first)
 
         def done() -> bool:
@@ -163,9 +188,12 @@ class Homes(World):
                 return False
             self._look_at = self.now + 1.0
             waiting.difference_update([n for n in waiting if n.finished is not None or not n.up])
+            if self.now >= self._tell_at:
+                self._tell_at += TELL
+                progress(self.so_far(len(waiting)))
             return not waiting
 
-        self._look_at = 0.0
+        self._look_at = self._tell_at = 0.0
         self.run(until, done)
         stayed = [node for node in self.first if node.finished is not None]
         times = sorted(node.finished or math.inf for node in stayed)
