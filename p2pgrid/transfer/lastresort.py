@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import attrs
@@ -131,7 +132,7 @@ class LastResort:
         self._slowness = Slowness()
         self._shelf: Shelf | None = None
         self._offsets: Sequence[int] = ()
-        self._left: list[int] = []
+        self._left = array("I")
         self._look_at = -math.inf
         self._own_at = self._due
         """When something was left that is ours to ask for."""
@@ -244,7 +245,7 @@ class LastResort:
         del left[at : at + len(run)]
         return run
 
-    def _share(self, left: list[int], most: int) -> list[int]:
+    def _share(self, left: Sequence[int], most: int) -> list[int]:
         """A run of what is ours to ask for; of anything, where there was nothing of that for a while."""
         now, peers = trio.current_time(), [self._me, *self._needy.peers()]
         run = pick(left, self._offsets, self._rng, most, lambda lot: owner(lot, peers) == self._me)
@@ -267,9 +268,9 @@ class LastResort:
                 course.wrong.clear()
         count = len(shelf.frames.lengths)
         if self._slowness.look(now, self._needy.brought(), shelf.size * swarm.missing // max(1, count)):
-            lost: Sequence[int] = range(count)
+            lost: Collection[int] = range(count)
         else:
             lost = swarm.unavailable()
         have = shelf.have()  # the swarm may not have heard yet of what just came
-        self._left = [i for i in lost if i not in self._busy and not have[i >> 3] >> (i & 7) & 1]
+        self._left = array("I", (i for i in lost if i not in self._busy and not have[i >> 3] >> (i & 7) & 1))
         self._look_at = now + LOOK + len(self._left) / LOOK_COST

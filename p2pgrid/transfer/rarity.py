@@ -16,7 +16,7 @@ everything the choice is the rarest of all; for others it is the best of `LOOKS`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 BLOCK = 2048
@@ -45,10 +45,32 @@ def blocks_of(bitmap: bytes, count: int) -> Blocks:
 def indices(blocks: Blocks) -> Iterator[int]:
     """The indices in a set, ascending."""
     for number, bits in enumerate(blocks):
+        at = number * BLOCK
         while bits:
-            low = bits & -bits
-            yield number * BLOCK + low.bit_length() - 1
-            bits ^= low
+            skip = (bits & -bits).bit_length() - 1
+            bits >>= skip
+            run = (~bits & bits + 1).bit_length() - 1  # how many ones are at its end
+            bits >>= run
+            yield from range(at + skip, at + skip + run)
+            at += skip + run
+
+
+class IndexSet(Collection[int]):
+    """A set of indices, ascending; none is an object until somebody looks at it."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return sum(bits.bit_count() for bits in self._blocks)
+
+    def __iter__(self) -> Iterator[int]:
+        return indices(self._blocks)
+
+    def __contains__(self, index: object) -> bool:
+        if not isinstance(index, int) or not 0 <= index < len(self._blocks) * BLOCK:
+            return False
+        return bool(self._blocks[index // BLOCK] >> index % BLOCK & 1)
 
 
 def nth_bit(bits: int, n: int) -> int:

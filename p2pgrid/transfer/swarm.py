@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import attrs
 
@@ -34,7 +34,7 @@ from p2pgrid.ids import PeerId
 from p2pgrid.machine import Tick
 from p2pgrid.transfer.pace import CHUNKS_MAX, LIGHT
 from p2pgrid.transfer.partner import Alarms, Partner
-from p2pgrid.transfer.rarity import BLOCK, Chance, Rarity, blocks_of, indices, nth_bit
+from p2pgrid.transfer.rarity import BLOCK, Chance, IndexSet, Rarity, blocks_of, indices, nth_bit
 
 RUN = 8
 """Neighbours asked one after the other; few, or peers would wait for one another's runs."""
@@ -216,9 +216,9 @@ class Swarm:
         errands = min((errand.until for errand in self._urgent.values()), default=math.inf)
         return min(self._alarms.first, self._look_at, errands)
 
-    def unavailable(self) -> list[int]:
+    def unavailable(self) -> Collection[int]:
         """The missing indices that no answering peer has."""
-        return list(indices(self._rarity.lost()))
+        return IndexSet(self._rarity.lost())
 
     @property
     def silent(self) -> int:

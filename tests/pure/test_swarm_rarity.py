@@ -7,7 +7,7 @@ import random
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from p2pgrid.transfer.rarity import BLOCK, LOOKS, Rarity, blocks_of, indices, nth_bit
+from p2pgrid.transfer.rarity import BLOCK, LOOKS, IndexSet, Rarity, blocks_of, indices, nth_bit
 
 
 @given(st.sets(st.integers(0, 3000), min_size=1), st.data())
@@ -16,11 +16,18 @@ def test_nth_bit(places, data):
     assert nth_bit(sum(1 << p for p in places), n) == sorted(places)[n]
 
 
-@given(st.integers(0, 3 * BLOCK), st.binary(max_size=BLOCK))
+@given(
+    st.integers(0, 3 * BLOCK),
+    st.binary(max_size=BLOCK)
+    | st.lists(st.integers(0, 300).map(lambda n: b"\xff" * n + b"\x5f")).map(b"".join),
+)
 def test_blocks_are_the_bitmap(count, bitmap):
     expected = [i for i in range(min(count, 8 * len(bitmap))) if bitmap[i // 8] >> i % 8 & 1]
     blocks = blocks_of(bitmap, count)
     assert list(indices(blocks)) == expected
+    some = IndexSet(blocks)
+    assert (list(some), len(some)) == (expected, len(expected))
+    assert [i for i in range(-1, count + 1) if i in some] == expected
 
 
 @settings(deadline=None, max_examples=60)
