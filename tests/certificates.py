@@ -1,4 +1,4 @@
-"""Make a certificate for 127.0.0.1 that nobody trusts unless told to."""
+"""Make a certificate for 127.0.0.1 and `NAME` that nobody trusts unless told to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+NAME = "disks.example"
 
 
 @attrs.frozen
@@ -39,7 +41,13 @@ def self_signed(folder: Path) -> Certificate:
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+            x509.SubjectAlternativeName(
+                [
+                    x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+                    x509.DNSName(NAME),
+                ]
+            ),
+            critical=False,
         )
         .sign(key, hashes.SHA256())
     )

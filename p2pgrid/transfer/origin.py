@@ -6,13 +6,14 @@
 One request a thread, `CONNECTIONS` at most, a frame in memory each.  Nothing waits for ever: a
 silent server is given up after `PATIENCE`, one that only drips when its time is over.  Nothing is
 believed: objects are compared with their names here, frames in `take`.  A redirect is followed
-on the same server only, TLS certificates are checked, proxies are not used.
+on the same server only, TLS certificates are checked; the environment may name a proxy (`webproxy.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import socket
 import ssl
 import threading
@@ -27,10 +28,11 @@ import trio
 
 from p2pgrid import __version__
 from p2pgrid.dht.manifest import OBJECT_MAX, verified
-from p2pgrid.errors import BadObject, ChunkCorrupt, WorldError
+from p2pgrid.errors import BadObject, ChunkCorrupt, Misused, WorldError
 from p2pgrid.hole_punch.rates import LinkRates, Rates
 from p2pgrid.ids import Cid
 from p2pgrid.transfer.ranges import parse_origin, redirected, wrong_part, wrong_status
+from p2pgrid.transfer.webproxy import Proxy, proxy_for
 
 T = TypeVar("T")
 
@@ -173,7 +175,9 @@ class Origin:
 
     async def _connect(self) -> _Connection:
         """Whoever waits no longer leaves a thread that closes what it made."""
-        connection = _Connection(self._plain(), self._rates.link(private=True))
+        proxy = self._proxy()
+        connection = _Connection(self._plain(proxy), self._rates.link(private=True), proxy)
+        by = f"by the proxy {proxy.shown}: " if proxy else ""
         try:
             with trio.move_on_after(CONNECT_PATIENCE):
                 await trio.to_thread.run_sync(  # type: ignore[call-arg]  # the stubs are older
@@ -181,20 +185,28 @@ class Origin:
                 )
                 return connection
         except (OSError, http.client.HTTPException) as wrong:
-            raise self._failed(_explained(wrong)) from None
+            raise self._failed(by + _explained(wrong)) from None
         finally:
             if connection.sock is None:
                 connection.close()
-        raise self._failed(f"it cannot be reached within {CONNECT_PATIENCE:.0f} s")
+        raise self._failed(f"{by}it cannot be reached within {CONNECT_PATIENCE:.0f} s")
 
-    def _plain(self) -> http.client.HTTPConnection:
-        if self.site.scheme == "http":
-            return http.client.HTTPConnection(self.site.host, self.site.port, timeout=CONNECT_PATIENCE)
+    def _proxy(self) -> Proxy | None:
+        try:
+            return proxy_for(self.site, os.environ)
+        except Misused as wrong:
+            raise self._failed(wrong.why) from None
+
+    def _plain(self, proxy: Proxy | None) -> http.client.HTTPConnection:
+        site, by = self.site, proxy or self.site
+        if site.scheme == "http":
+            return http.client.HTTPConnection(by.host, by.port, timeout=CONNECT_PATIENCE)
         if self._tls is None:
             self._tls = ssl.create_default_context()
-        return http.client.HTTPSConnection(
-            self.site.host, self.site.port, timeout=CONNECT_PATIENCE, context=self._tls
-        )
+        made = http.client.HTTPSConnection(by.host, by.port, timeout=CONNECT_PATIENCE, context=self._tls)
+        if proxy:
+            made.set_tunnel(site.host, site.port, proxy.headers | {"User-Agent": self._headers["User-Agent"]})
+        return made
 
     # --- in a request's thread --------------------------------------------------------------
 
@@ -206,7 +218,10 @@ class Origin:
         read: Callable[[http.client.HTTPResponse, _Connection], T],
     ) -> T | _Elsewhere:
         connection.reusable = connection.answered = False
-        connection.http.request("GET", target, headers=headers)
+        there = target
+        if connection.proxy and self.site.scheme == "http":  # which reads the request, and asks in its stead
+            there, headers = f"http://{self.site.authority}{target}", headers | connection.proxy.headers
+        connection.http.request("GET", there, headers=headers)
         with connection.http.getresponse() as answer:
             connection.answered = True
             if answer.status in (301, 302, 303, 307, 308):
@@ -240,8 +255,11 @@ class _Elsewhere:
 class _Connection:
     """A connection that a thread uses and trio may end."""
 
-    def __init__(self, plain: http.client.HTTPConnection, rates: LinkRates) -> None:
+    def __init__(
+        self, plain: http.client.HTTPConnection, rates: LinkRates, proxy: Proxy | None = None
+    ) -> None:
         self.http = plain
+        self.proxy = proxy
         self.rates = rates
         """What may be read; there is nothing to send that would hurt anybody."""
         self._shut = False
@@ -317,4 +335,4 @@ def _explained(error: OSError | http.client.HTTPException) -> str:
         case http.client.HTTPException():
             return f"it does not speak HTTP ({type(error).__name__})"
         case _:
-            return error.strerror or type(error).__name__
+            return error.strerror or str(error) or type(error).__name__

@@ -48,7 +48,7 @@ class Site:
     port: int
     path: str
     """Begins with a slash or is empty; ends without one."""
-    query: str
+    query: str = attrs.field(repr=False)
     """Goes with every request: some stores' keys do."""
     authorization: str | None = attrs.field(repr=False)
 
@@ -89,7 +89,7 @@ def parse_origin(text: str) -> Site:
     scheme = parts.scheme
     if scheme not in ("http", "https") or not host or parts.fragment or len(text) > TEXT_MAX:
         raise Misused(why=f"--origin {text[:100]!r}: write http(s)://HOST/FOLDER")
-    if not _HOST.fullmatch(host) or any(c <= " " or c == "\x7f" for c in text):
+    if not HOST.fullmatch(host) or any(c <= " " or c == "\x7f" for c in text):
         raise Misused(why=f"--origin {text[:100]!r}: there are characters in it that a URL has not")
     secret = None
     if parts.username is not None:
@@ -108,7 +108,8 @@ def parse_origin(text: str) -> Site:
     )
 
 
-_HOST = re.compile(r"[0-9A-Za-z._:-]{1,253}")
+HOST = re.compile(r"[0-9A-Za-z._:-]{1,253}")
+"""What a name or address that can be asked for is made of."""
 
 
 # --- what to ask -----------------------------------------------------------------------
