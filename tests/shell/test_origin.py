@@ -410,6 +410,29 @@ async def test_a_name_and_a_password_go_to_the_server_and_nowhere_else(certifica
     assert "geheim" not in str(failed.value) + repr(there.site)
 
 
+async def test_a_signature_goes_with_every_request_and_is_not_shown(tmp_path: Path) -> None:
+    signed = "sv=2024-11-04&Policy=ey_J-~x&sig=a%2Fb%2Bc%3D"
+
+    def check(request: Request) -> bool:
+        path, _, query = request.path.partition("?")
+        if query != signed:
+            request.answer(403, b"")
+            return True
+        request.path = path
+        return False
+
+    with served(files_of(DISK), check) as server:
+        async with open_nodes(tmp_path, "alone") as (alone,):
+            fetched = await alone.exchange.fetch(DISK.datum, origins=[f"{server.url}/?{signed}"])
+            assert is_whole(alone)
+            assert fetched.bytes_by_peer == {name_of(server): SIZE}
+        there = Origin(f"{server.url}?{signed.replace('2024', '2023')}")
+        with pytest.raises(OriginFailed, match="403 Forbidden") as failed:
+            await there.get_object(DISK.datum)
+        there.close()
+        assert "sig" not in str(failed.value) + repr(there.site)
+
+
 async def test_the_owners_caps_hold_for_origins_too(tmp_path: Path) -> None:
     with served(files_of(DISK)) as server:
         async with open_nodes(tmp_path, "alone") as (alone,):
