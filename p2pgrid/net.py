@@ -48,6 +48,14 @@ class Network(Protocol):
         """Where this node listens, as multiaddrs that end in /p2p/ME."""
         ...
 
+    def sign(self, statement: bytes) -> bytes:
+        """`statement`, which begins with what it is for, signed by this node's key."""
+        ...
+
+    def verify(self, peer: PeerId, statement: bytes, signature: bytes) -> bool:
+        """Whether `peer` signed `statement`."""
+        ...
+
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Remember where `peer` may be reached."""
         ...

@@ -8,6 +8,7 @@ index, or because it called before.  A channel holds `BUFFER` messages, then its
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import msgspec
 import trio
 
 from p2pgrid.errors import PeerError, Unreachable
-from p2pgrid.ids import PeerId
+from p2pgrid.ids import PeerId, digest
 from p2pgrid.net import Serve
 from p2pgrid.wire import HEADER, decode, encode
 
@@ -97,6 +98,12 @@ class MemoryNetwork:
     def addresses(self) -> Sequence[str]:
         return [f"/ip4/127.0.0.1/tcp/1/p2p/{self._me}"]
 
+    def sign(self, statement: bytes) -> bytes:
+        return digest(self.world.secret + self._me.encode() + b"\0" + statement)
+
+    def verify(self, peer: PeerId, statement: bytes, signature: bytes) -> bool:
+        return signature == digest(self.world.secret + peer.encode() + b"\0" + statement)
+
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         known = self._known.setdefault(peer, [])
         known += [a for a in addresses if a not in known]
@@ -134,6 +141,7 @@ class MemoryWorld:
         self.nursery = nursery
         self.nodes: dict[PeerId, MemoryNetwork] = {}
         self.records: dict[bytes, dict[PeerId, None]] = {}
+        self.secret = secrets.token_bytes(32)
         self.down: set[PeerId] = set()
         """Nodes that nobody reaches."""
 

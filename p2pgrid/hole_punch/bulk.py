@@ -1,22 +1,17 @@
-"""Make links: direct TLS 1.3 sockets between two peers, one per pair.
+"""Make links to peers: TCP and TLS, by ways that need no help first.
 
-Who wants a link opens a control channel, `/p2pgrid/link/1`, whose ends libp2p has
-authenticated, and both tell their certificate and where their bulk port is:
+*A* wants a link to *B*.  Where A has heard at which addresses B takes links it dials them, and the
+greeting proves who is there.  Otherwise, or where nobody answers, both talk over a control channel:
 
-    A ── Offer(certificate, addresses) ──> B      B now expects A at its port
-    A <─ Answer(certificate, addresses) ── B      A now expects B at its port
-    A ════ TCP, TLS, welcome ════════════> B      way DIRECT
-    A ── DialBack ──> B, where A got nowhere:     A <════ TCP, TLS, welcome ════ B   way REVERSE
+    A ── Offer: addresses ───────────────> B
+    A <── Answer: addresses, or Decline ── B
+    A ════ TCP, TLS, greeting ═══════════> B      way DIRECT
+    A ── DialBack ──> B, where A got nowhere:     A <════ TCP, TLS, greeting ════ B   way REVERSE
     A <─ Dialled ─── B
 
-Both pin: a connection is a peer's only if it shows the very certificate that this peer told.
-At the port, whoever is not expected is dropped: at once when nobody is expected, else after a
-bounded handshake.  The side that accepts says the *welcome* (an empty message), because in
-TLS 1.3 the dialler's handshake ends before the other side has looked at its certificate.
-
 When both want a link at once the smaller peer id's attempt is carried on: it answers the
-other's Offer with `Decline(busy)`, and the other waits for the link to come.  A new link to a
-peer replaces an old one: a peer that negotiates has none.
+other's with `busy`, and the other waits for the link to come.  A new link to a peer replaces an
+old one: a peer that dials has none.
 """
 
 from __future__ import annotations
@@ -25,18 +20,24 @@ import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-import attrs
 import msgspec
 import structlog
 import trio
 
 from p2pgrid.errors import PeerError, Unreachable
-from p2pgrid.hole_punch.certificate import Certificate, belongs
-from p2pgrid.hole_punch.greeting import bare, connect, discard, greet
+from p2pgrid.hole_punch.greeting import WELL, Caller, Greeting, Verdict, bare, connect, discard
 from p2pgrid.hole_punch.link import Link, Receive, Receiver
-from p2pgrid.hole_punch.path import ADDRESSES_MAX, Address, Way, candidates, own_addresses
+from p2pgrid.hole_punch.path import (
+    ADDRESSES_MAX,
+    Address,
+    Way,
+    candidates,
+    from_multiaddr,
+    own_addresses,
+    to_multiaddr,
+)
 from p2pgrid.hole_punch.rates import Rates
 from p2pgrid.hole_punch.reactor import Reactor, reactors_wanted
 from p2pgrid.hole_punch.tls import Tls
@@ -47,7 +48,7 @@ __all__ = ["PROTOCOL", "Link", "Links", "Receive", "Receiver", "Way", "open_link
 
 log = structlog.get_logger(__name__)
 
-PROTOCOL = "/p2pgrid/link/1"
+PROTOCOL = "/p2pgrid/link/2"
 DIAL_PATIENCE = 3.0
 """Seconds to reach one of a peer's addresses; a host that is up answers in one round trip."""
 HANDSHAKE_PATIENCE = 5.0
@@ -55,20 +56,20 @@ HANDSHAKE_PATIENCE = 5.0
 NEGOTIATION_PATIENCE = 12.0
 """Seconds for all of it: a dial, a dial back, and the messages between."""
 HANDSHAKES_MAX = 32
-"""Connections at our port that have not shown who they are; more are dropped."""
+"""Connections at our port that have not shown who they are; the oldest gives way to one more."""
 LINKS_MAX = 512
 """Links of one node; more are declined."""
+KNOWN_MAX = 4096
+"""Peers whose addresses are remembered."""
 STAGGER = 0.05
 """Seconds between the starts of dials to one peer, best address first."""
 
 
 class Offer(msgspec.Struct, tag="offer", frozen=True):
-    certificate: bytes
     addresses: list[str]
 
 
 class Answer(msgspec.Struct, tag="answer", frozen=True):
-    certificate: bytes
     addresses: list[str]
 
 
@@ -85,15 +86,6 @@ class Dialled(msgspec.Struct, tag="dialled", frozen=True):
     ok: bool
 
 
-@attrs.frozen(eq=False)
-class _Expected:
-    """A peer that may connect to our port now."""
-
-    peer: PeerId
-    way: Way
-    came: trio.Event = attrs.field(factory=trio.Event)
-
-
 class Links:
     """The links of one node; see `open_links`."""
 
@@ -107,19 +99,21 @@ class Links:
         self._receive = receive
         self._allow = allow
         self._nursery = nursery
-        self._certificate = Certificate.make(network.me)
+        self._greeting = Greeting(network)
         self._threads = trio.CapacityLimiter(reactors_wanted())
         self._reactors = [Reactor() for _ in range(reactors_wanted())]
         self._token = trio.lowlevel.current_trio_token()
-        self._handshakes = 0
+        self._handshakes: dict[trio.CancelScope, None] = {}
         self._over = False
         self._links: dict[PeerId, Link] = {}
         self._attempts: dict[PeerId, trio.Event] = {}
         self._answering: dict[PeerId, trio.Event] = {}
         self._arrivals: dict[PeerId, trio.Event] = {}
-        self._expected: dict[bytes, _Expected] = {}
+        self._asked_back: set[PeerId] = set()
+        """Peers that we asked to dial us."""
+        self._known: dict[PeerId, list[Address]] = {}
         self.bound: list[Address] = []
-        """Where the bulk port listens."""
+        """Where links are accepted."""
 
     def live(self) -> list[Link]:
         return [link for link in self._links.values() if link.live]
@@ -135,6 +129,21 @@ class Links:
         if why:
             for link in self.live():
                 link.close(f"paused: {why}")
+
+    def learn(self, peer: PeerId, multiaddrs: Iterable[str]) -> None:
+        """Remember at which of these `peer` takes links."""
+        self._know(peer, [address for text in multiaddrs if (address := from_multiaddr(text))])
+
+    def addresses_of(self, peer: PeerId) -> list[str]:
+        """Where `peer` takes links, as far as is known, as multiaddrs."""
+        return [to_multiaddr(address) for address in self._known.get(peer, ())]
+
+    def _know(self, peer: PeerId, addresses: list[Address]) -> None:
+        if addresses:
+            self._known.pop(peer, None)
+            self._known[peer] = addresses[:ADDRESSES_MAX]  # what was heard last counts, and is forgotten last
+            while len(self._known) > KNOWN_MAX:
+                del self._known[next(iter(self._known))]
 
     async def link(self, peer: PeerId) -> Link:
         """The link there is, or a new one.  Raises `Unreachable`."""
@@ -156,7 +165,7 @@ class Links:
         done = self._attempts[peer] = trio.Event()
         try:
             with trio.move_on_after(NEGOTIATION_PATIENCE):
-                return await self._negotiate(peer)
+                return await self._make(peer)
             raise Unreachable(who=peer, why=f"no link after {NEGOTIATION_PATIENCE:.0f} s")
         except (PeerError, OSError) as wrong:
             raise Unreachable(who=peer, why=str(wrong)) from None
@@ -166,25 +175,39 @@ class Links:
 
     # --- the side that wants a link -------------------------------------------------------
 
+    async def _make(self, peer: PeerId) -> Link:
+        if known := self._known.get(peer):
+            made = await self._dial(peer, known, Way.DIRECT)
+            if made is not None:
+                return await self._settled(peer, made)
+            self._known.pop(peer, None)
+        return await self._negotiate(peer)
+
     async def _negotiate(self, peer: PeerId) -> Link:
         channel = await self._network.open(peer, PROTOCOL)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(_close, channel)
-            await channel.send(Offer(self._certificate.der, self._addresses()))
+            await channel.send(Offer(self._addresses()))
             answer = await channel.receive(Answer | Decline)
             if isinstance(answer, Decline):
-                if not answer.busy:
-                    raise Unreachable(who=peer, why=answer.why)
-                return await self._arrival(peer)
-            with self._expecting(peer, answer.certificate, Way.REVERSE) as expected:
-                link = await self._dial(peer, answer.certificate, answer.addresses, Way.DIRECT)
-                if link is not None:
-                    return link
-                await channel.send(DialBack())
-                if not (await channel.receive(Dialled)).ok:
-                    raise Unreachable(who=peer, why="neither side can dial the other")
-                await expected.came.wait()
-                return self._links[peer]
+                return await self._settled(peer, answer)
+            made = await self._dial(peer, self._candidates(peer, answer.addresses), Way.DIRECT)
+            if made is not None:
+                return await self._settled(peer, made)
+            self._asked_back.add(peer)
+            stack.callback(self._asked_back.discard, peer)
+            await channel.send(DialBack())
+            if not (await channel.receive(Dialled)).ok:
+                raise Unreachable(who=peer, why="neither side can dial the other")
+            return await self._arrival(peer)
+
+    async def _settled(self, peer: PeerId, made: Link | Verdict | Decline) -> Link:
+        """The link that an attempt came to, ours or the peer's own."""
+        if isinstance(made, Link):
+            return made
+        if not made.busy:
+            raise Unreachable(who=peer, why=made.why)
+        return await self._arrival(peer)
 
     async def _arrival(self, peer: PeerId) -> Link:
         """The link that `peer` is making; the caller bounds the wait."""
@@ -207,44 +230,41 @@ class Links:
 
     async def _answer(self, channel: Channel, offer: Offer) -> None:
         peer = channel.peer
-        if not self._allow(peer):
-            return await channel.send(Decline("not a member of the grid"))
-        if self._paused:
-            return await channel.send(Decline("paused by its owner"))
-        if peer in self._attempts and self._network.me < peer:
-            return await channel.send(Decline("our own attempt goes first", busy=True))
-        if len(self._links) >= LINKS_MAX:
-            return await channel.send(Decline("too many links"))
+        verdict = self._judge(peer)
+        if verdict.why:
+            return await channel.send(Decline(verdict.why, verdict.busy))
         done = self._answering[peer] = trio.Event()
         try:
-            with self._expecting(peer, offer.certificate, Way.DIRECT):
-                await channel.send(Answer(self._certificate.der, self._addresses()))
-                # It ends the channel when it has its link.
-                await channel.receive(DialBack)
-                link = await self._dial(peer, offer.certificate, offer.addresses, Way.REVERSE)
-                await channel.send(Dialled(link is not None))
+            await channel.send(Answer(self._addresses()))
+            # It ends the channel when it has its link.
+            await channel.receive(DialBack)
+            made = await self._dial(peer, self._candidates(peer, offer.addresses), Way.REVERSE)
+            await channel.send(Dialled(isinstance(made, Link)))
         finally:
             if self._answering.get(peer) is done:
                 del self._answering[peer]
             done.set()
         return None
 
-    @contextlib.contextmanager
-    def _expecting(self, peer: PeerId, certificate: bytes, way: Way) -> Iterator[_Expected]:
-        if not belongs(certificate, peer):
-            raise Unreachable(who=peer, why="it told a certificate that is not its own")
-        expected = _Expected(peer, way)
-        self._expected[certificate] = expected
-        try:
-            yield expected
-        finally:
-            if self._expected.get(certificate) is expected:
-                del self._expected[certificate]
+    def _judge(self, peer: PeerId) -> Verdict:
+        """What we say to a peer that wants a link."""
+        if not self._allow(peer):
+            return Verdict("not a member of the grid")
+        if self._paused:
+            return Verdict("paused by its owner")
+        if peer in self._attempts and peer not in self._asked_back and self._network.me < peer:
+            return Verdict("our own attempt goes first", busy=True)
+        if len(self._links) >= LINKS_MAX and peer not in self._links:
+            return Verdict("too many links")
+        return Verdict()
+
+    def _candidates(self, peer: PeerId, told: Sequence[str]) -> list[Address]:
+        return candidates(told[:ADDRESSES_MAX], self._network.addresses_of(peer))
 
     def _addresses(self) -> list[str]:
         return own_addresses(self.bound, self._network.addresses)
 
-    def _adopt(self, peer: PeerId, way: Way, tls: Tls, *, welcome: bool) -> Link:
+    def _adopt(self, peer: PeerId, way: Way, tls: Tls, first: bytes = b"") -> Link:
         try:
             host = ipaddress.ip_address(tls.socket.getpeername()[0].partition("%")[0])
             rates = self.rates.link(private=not host.is_global)
@@ -253,8 +273,8 @@ class Links:
         except OSError:  # the peer is gone already
             tls.close()
             raise
-        if welcome:
-            link.send()
+        if first:
+            link.send(first)
         before = self._links.get(peer)
         if before is not None:
             before.close("a newer link took its place")
@@ -281,25 +301,30 @@ class Links:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(reactor.run, limiter=self._threads)
 
-    async def _dial(self, peer: PeerId, certificate: bytes, told: Sequence[str], way: Way) -> Link | None:
-        """Dial all of a peer's addresses, greet those that answer one by one, keep the first that is it."""
-        addresses = candidates(told[:ADDRESSES_MAX], self._network.addresses_of(peer))
-        context = self._certificate.context(server=False, pinned=[certificate])
+    async def _dial(self, peer: PeerId, addresses: Sequence[Address], way: Way) -> Link | Verdict | None:
+        """Dial all of a peer's addresses, greet those that answer one by one, keep the first that is it.
+
+        Its verdict where it wants no link, None where it was not reached.
+        """
         send, answered = trio.open_memory_channel[socket.socket](len(addresses))
-        kept: list[Tls] = []
+        greeted: Tls | Verdict | None = None
+        reached: Address | None = None
         with trio.move_on_after(DIAL_PATIENCE):
             async with trio.open_nursery() as nursery:
                 with send:
                     for place, address in enumerate(addresses):
                         nursery.start_soon(connect, address, place * STAGGER, send.clone())
                 async for sock in answered:
-                    greeted = await greet(context, sock, certificate, server=False)
+                    reached = _far_end(sock)
+                    greeted = await self._greeting.dial(sock, peer, self._addresses())
                     if greeted is not None:
-                        kept.append(greeted)
                         break
                 nursery.cancel_scope.cancel()
         discard(answered)
-        return self._adopt(peer, way, kept[0], welcome=False) if kept else None
+        if not isinstance(greeted, Tls):
+            return greeted
+        self._know(peer, [*filter(None, [reached]), *(a for a in addresses if a != reached)])
+        return self._adopt(peer, way, greeted)
 
     async def _listen(self, listener: trio.SocketListener) -> None:
         async with listener:
@@ -316,30 +341,40 @@ class Links:
                 except OSError as gone:
                     log.debug("a connection ended before it was looked at", why=str(gone))
                     continue
-                if not self._expected or self._handshakes >= HANDSHAKES_MAX:
-                    sock.close()
-                    continue
-                self._handshakes += 1
-                self._nursery.start_soon(self._admit, sock)
+                if len(self._handshakes) >= HANDSHAKES_MAX:
+                    next(iter(self._handshakes)).cancel()
+                scope = trio.CancelScope()
+                self._handshakes[scope] = None
+                self._nursery.start_soon(self._admit, sock, scope)
 
-    async def _admit(self, sock: socket.socket) -> None:
+    async def _admit(self, sock: socket.socket, scope: trio.CancelScope) -> None:
         try:
-            with trio.move_on_after(HANDSHAKE_PATIENCE):
-                context = self._certificate.context(server=True, pinned=self._expected)
-                greeted = await greet(context, sock, None, server=True)
-                if greeted is None:
-                    return
-                expected = self._expected.pop(greeted.certificate or b"", None)
-                if expected is None:
-                    greeted.close()
-                    return
-                self._adopt(expected.peer, expected.way, greeted, welcome=True)
-                expected.came.set()
+            with scope, trio.move_on_after(HANDSHAKE_PATIENCE):
+                caller = await self._greeting.accept(sock)
+                if caller is not None:
+                    await self._take(caller)
         except OSError as full:  # ours, not the peer's: no descriptor or no memory left
             log.warning("a connection was dropped", why=str(full))
             sock.close()
         finally:
-            self._handshakes -= 1
+            del self._handshakes[scope]
+
+    async def _take(self, caller: Caller) -> None:
+        peer, far = caller.peer, _far_end(caller.tls.socket)
+        verdict = self._judge(peer)
+        if verdict.why:
+            return await caller.decline(verdict)
+        self._know(peer, candidates(caller.addresses, [to_multiaddr(far)] if far is not None else []))
+        self._adopt(peer, Way.REVERSE if peer in self._asked_back else Way.DIRECT, caller.tls, WELL)
+        return None
+
+
+def _far_end(sock: socket.socket) -> Address | None:
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return None
+    return host.partition("%")[0], port
 
 
 @contextlib.asynccontextmanager

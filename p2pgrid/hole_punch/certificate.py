@@ -1,8 +1,8 @@
-"""Make the certificate of one process, and TLS contexts that accept pinned ones only.
+"""Make the certificate of one process, and the two TLS contexts that use it.
 
-Peers exchange certificates over a control channel whose ends libp2p has authenticated, and
-pin the very bytes; so it is self-signed, its dates mean nothing, and its key lives as long as
-the process.  Its name is the peer id, so that nobody passes another's certificate off as his.
+Nobody vouches for it: it is self-signed, its dates and its name mean nothing, and its key lives as long
+as the process.  TLS proves that who accepted a connection has that key; whose it is, the *greeting* says
+(`greeting.py`), in which each side signs the certificate with the key of its peer id.
 """
 
 from __future__ import annotations
@@ -11,33 +11,30 @@ import contextlib
 import datetime
 import os
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import attrs
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from p2pgrid.ids import PeerId
-
-CERTIFICATE_MAX = 4096
-"""Bytes in DER; ours have about 400."""
-
 
 @attrs.frozen
 class Certificate:
-    """A self-signed certificate and its key."""
+    """A self-signed certificate and what TLS does with it."""
 
     der: bytes
-    pem: bytes = attrs.field(repr=False)
-    """Certificate and private key."""
+    accepting: ssl.SSLContext = attrs.field(repr=False)
+    """Of the side that accepts: shows the certificate, asks for none."""
+    dialling: ssl.SSLContext = attrs.field(repr=False)
+    """Of the side that dials: takes any certificate, shows none."""
 
     @classmethod
-    def make(cls, peer: PeerId) -> Certificate:
+    def make(cls) -> Certificate:
+        """Raises `OSError` where the process has no file descriptor left."""
         key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, peer)])
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "p2pgrid")])
         made = (
             x509.CertificateBuilder()
             .subject_name(name)
@@ -51,27 +48,19 @@ class Certificate:
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        public = made.public_bytes(serialization.Encoding.PEM)
-        return cls(made.public_bytes(serialization.Encoding.DER), public + private)
+        accepting, dialling = _context(ssl.PROTOCOL_TLS_SERVER), _context(ssl.PROTOCOL_TLS_CLIENT)
+        accepting.num_tickets = 0  # sessions are never resumed
+        with _file_of(made.public_bytes(serialization.Encoding.PEM) + private) as path:
+            accepting.load_cert_chain(path)
+        return cls(made.public_bytes(serialization.Encoding.DER), accepting, dialling)
 
-    def context(self, *, server: bool, pinned: Iterable[bytes]) -> ssl.SSLContext:
-        """A TLS 1.3 context that shows this certificate and accepts only `pinned` ones (DER).
 
-        The chain check lets a stranger go no further than the handshake; which of the pinned
-        peers it is, the caller must still find out by comparing `getpeercert(binary_form=True)`.
-        Raises `OSError` where the process has no file descriptor left.
-        """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_REQUIRED
-        if server:
-            context.num_tickets = 0  # sessions are never resumed
-        for der in pinned:
-            context.load_verify_locations(cadata=der)
-        with _file_of(self.pem) as path:
-            context.load_cert_chain(path)
-        return context
+def _context(role: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(role)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # not by whom it is signed: what the greeting says of it counts
+    return context
 
 
 @contextlib.contextmanager
@@ -85,21 +74,3 @@ def _file_of(secret: bytes) -> Iterator[str]:
         file.write(secret)
         file.flush()
         yield f"/proc/self/fd/{fd}"
-
-
-def belongs(der: bytes, peer: PeerId) -> bool:
-    """Whether `der` is a certificate that its key's owner made for `peer`."""
-    if len(der) > CERTIFICATE_MAX:
-        return False
-    try:
-        certificate = x509.load_der_x509_certificate(der)
-        certificate.verify_directly_issued_by(certificate)
-        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        key = certificate.public_key()
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return (
-        [name.value for name in names] == [peer]
-        and isinstance(key, ec.EllipticCurvePublicKey)
-        and isinstance(key.curve, ec.SECP256R1)
-    )

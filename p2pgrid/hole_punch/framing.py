@@ -4,7 +4,7 @@ Pure.  A message on a link is:
 
     offset  size  meaning
     0       4     length of the body, unsigned, big endian, at most `MESSAGE_MAX`
-    4       n     the body; an empty body is the *welcome* of the side that accepted the link
+    4       n     the body, never empty
 
 The bytes are received straight into one reusable buffer: `space` says where the next ones
 go, `filled` yields the bodies that are whole as views into that buffer, good until `space`

@@ -44,6 +44,8 @@ from libp2p.transport.exceptions import MuxerUpgradeFailure
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.utils.address_validation import get_available_interfaces
 from multiaddr import Multiaddr
+from nacl.exceptions import BadSignatureError
+from nacl.signing import SigningKey, VerifyKey
 
 from p2pgrid.errors import Misconfigured, Unreachable
 from p2pgrid.hole_punch.addresses import bare, is_loopback, listening
@@ -83,10 +85,11 @@ class _Dial:
 class Host:
     """A `Network` over libp2p.  Made by `open_host`."""
 
-    def __init__(self, libp2p: Any, nursery: trio.Nursery) -> None:
+    def __init__(self, libp2p: Any, key: SigningKey, nursery: trio.Nursery) -> None:
         self.libp2p = libp2p
         """For `dht/index.py` only."""
         self._swarm = libp2p.get_network()
+        self._key = key
         self._nursery = nursery
         self._learned: dict[PeerId, tuple[str, ...]] = {}
         self._dials: dict[PeerId, _Dial] = {}
@@ -104,6 +107,17 @@ class Host:
     def connected(self) -> Sequence[PeerId]:
         """Peers with a live connection, whoever dialled."""
         return [PeerId(peer.to_base58()) for peer in list(self._swarm.connections) if self._live(peer)]
+
+    def sign(self, statement: bytes) -> bytes:
+        return self._key.sign(statement).signature
+
+    def verify(self, peer: PeerId, statement: bytes, signature: bytes) -> bool:
+        """A peer id is its public key, after six bytes that say so."""
+        try:
+            VerifyKey(_parsed(peer).to_bytes()[6:]).verify(statement, signature)
+        except (Unreachable, BadSignatureError, ValueError):
+            return False
+        return True
 
     def learn(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Newest first; what is not an address for TCP is passed over."""
@@ -273,7 +287,7 @@ async def open_host(seed: bytes, listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0"
     libp2p = _new_host(seed)
     with plain():
         async with trio.open_nursery() as nursery:
-            host = Host(libp2p, nursery)
+            host = Host(libp2p, SigningKey(seed), nursery)
             try:
                 async with libp2p.run(addresses):
                     try:

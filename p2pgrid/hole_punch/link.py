@@ -240,7 +240,7 @@ class Link:
             self._rates.read(count, time.monotonic())
         for body in self._framing.filled(count):
             if not body:
-                raise BadFrame(why="a welcome in the middle of a link")
+                raise BadFrame(why="an empty message")
             self.receiver.received(body)
             if self._closing:
                 break

@@ -48,6 +48,20 @@ def format_address(address: Address) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def to_multiaddr(address: Address) -> str:
+    """`/ip4/10.0.0.1/tcp/7/tls`: where a link is made by dialling, unlike what libp2p listens on."""
+    host, port = address
+    return f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}/tls"
+
+
+def from_multiaddr(text: str) -> Address | None:
+    """The address in such a multiaddr; None for any other."""
+    match text.split("/"):
+        case ["", "ip4" | "ip6", host, "tcp", port, "tls"]:
+            return parse_address(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    return None
+
+
 def hosts_of(multiaddrs: Iterable[str]) -> list[str]:
     """The IP hosts at the head of multiaddrs, each once, wildcards and relayed ones left out."""
     hosts: dict[str, None] = {}

@@ -3,7 +3,7 @@
     fetch ──> Download (fetch.py) ─┐                          ┌─> Seeding (seed.py) ──> store
               Download ────────────┴──> Session, a link each ─┴─> Want ──> shelf
 
-Each link runs in a thread of its own (`hole_punch/link.py`); everything here runs in trio.
+All links have their turns in one thread (`hole_punch/reactor.py`); everything here runs in trio.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ class Exchange:
         return peer != self._network.me and self._allow(peer)
 
     def learn(self, peer: PeerId, addresses: Iterable[str]) -> None:
-        self._network.learn(peer, list(addresses))
+        addresses = list(addresses)
+        self._network.learn(peer, addresses)
+        self.links.learn(peer, addresses)
 
     def show(self, shelf: Shelf) -> None:
         self._audience.show(shelf)
@@ -169,7 +171,8 @@ class Exchange:
         others -= {link.peer, self._network.me}
         rows: list[tuple[PeerId, tuple[str, ...]]] = []
         for peer in self._rng.sample(sorted(others), min(PEERS_MAX, len(others))):
-            addresses = [a for a in self._network.addresses_of(peer) if len(a) <= ADDRESS_MAX]
+            known = (*self.links.addresses_of(peer), *self._network.addresses_of(peer))
+            addresses = [address for address in known if len(address) <= ADDRESS_MAX]
             rows.append((peer, tuple(addresses[:ADDRESSES_MAX])))
         if rows:
             link.send(*encode(Peers(topic, tuple(rows))))

@@ -18,14 +18,16 @@ import pytest
 import trio
 
 from p2pgrid.errors import BadFrame, Unreachable
-from p2pgrid.hole_punch import bulk
-from p2pgrid.hole_punch.bulk import Answer, Decline, Link, Links, Offer, Way, open_links
-from p2pgrid.hole_punch.certificate import Certificate, belongs
+from p2pgrid.hole_punch import bulk, greeting
+from p2pgrid.hole_punch.bulk import Link, Links, Way, open_links
+from p2pgrid.hole_punch.certificate import Certificate
 from p2pgrid.hole_punch.framing import MESSAGE_MAX
+from p2pgrid.hole_punch.greeting import Greeting, Hello, Verdict, Welcome
 from p2pgrid.hole_punch.link import LOW, QUEUE_MAX
 from p2pgrid.hole_punch.path import Address
 from p2pgrid.hole_punch.rates import FILL, RECORD, Limits
-from p2pgrid.ids import PeerId
+from p2pgrid.hole_punch.tls import Tls
+from p2pgrid.ids import PeerId, digest
 from tests.memory_network import MemoryNetwork, MemoryWorld, open_world
 
 LOOPBACK = (("127.0.0.1", 0),)
@@ -212,61 +214,98 @@ async def test_only_members_get_links() -> None:
             await others.link(a.me)
 
 
-def connect(port: int, certificate: Certificate, pinned: bytes) -> bytes:
-    """What an own TLS client hears at a bulk port; empty where it is turned away."""
-    context = certificate.context(server=False, pinned=[pinned])
-    with (
-        contextlib.suppress(OSError),
-        socket.create_connection(("127.0.0.1", port), 5) as sock,
-        context.wrap_socket(sock) as tls,
-    ):
-        return tls.recv(4)
-    return b""
+class Stranger:
+    """Somebody at a bulk port who speaks TLS, and says what it likes in the greeting."""
+
+    def __init__(self, world: MemoryWorld, name: str) -> None:
+        self.greeting = Greeting(MemoryNetwork(world, PeerId(name)))
+
+    async def hears(self, port: int, hello: Callable[[bytes], Hello] | bytes) -> Verdict | None:
+        """What it is answered; None where it is turned away."""
+        with socket.create_connection(("127.0.0.1", port), 5) as sock:
+            sock.setblocking(False)
+            tls = Tls(self.greeting.certificate.dialling, sock, server=False)
+            with contextlib.suppress(OSError, EOFError):
+                await greeting._shake(tls)
+                welcome = await greeting._hear(tls, Welcome)
+                signed = greeting.DIALS + digest(tls.certificate or b"") + welcome.nonce
+                if isinstance(hello, bytes):
+                    tls.seal(hello)
+                    assert tls.flush()
+                else:
+                    await greeting._say(tls, hello(signed))
+                return await greeting._hear(tls, Verdict)
+        return None
 
 
-async def test_another_certificate_than_the_one_told_is_turned_away() -> None:
-    async with open_two() as ((a, _, _), (b, others, there), _):
-        port = others.bound[0][1]
-        told, other = Certificate.make(a.me), Certificate.make(a.me)
-        nobody = await trio.to_thread.run_sync(connect, port, told, told.der)
-        assert nobody == b""  # nobody is expected
-        channel = await a.open(b.me, bulk.PROTOCOL)
-        await channel.send(Offer(told.der, []))
-        theirs = (await channel.receive(Answer)).certificate
-        assert await trio.to_thread.run_sync(connect, port, other, theirs) == b""
-        assert there.links == []
-        assert await trio.to_thread.run_sync(connect, port, told, theirs) == bytes(4)
-        assert [link.peer for link in there.links] == [a.me]
-        assert await trio.to_thread.run_sync(connect, port, told, theirs) == b""  # once only
-        await channel.aclose()
+async def test_who_proves_its_name_gets_a_link_and_no_one_else() -> None:
+    async with open_two() as ((a, _, _), (_, others, there), world):
+        port, me = others.bound[0][1], PeerId("me")
+        stranger = Stranger(world, me)
+        own = stranger.greeting.network
+        heard: list[bytes] = []
+
+        def keep(signed: bytes) -> Hello:
+            heard.append(own.sign(signed))
+            return Hello(me, [], heard[-1])
+
+        wrong: list[Callable[[bytes], Hello] | bytes] = [
+            lambda signed: Hello(a.me, [], own.sign(signed)),  # another's name
+            lambda signed: Hello(me, [], own.sign(signed + b"x")),
+            lambda signed: Hello(me, [], own.sign(greeting.ACCEPTS + signed[len(greeting.DIALS) :])),
+            lambda signed: Hello(me, [], b""),
+            lambda signed: Hello("", [], own.sign(signed)),
+            lambda signed: Hello(me, [], heard[0]),  # what was signed for another connection
+            b"noise that is no greeting at all",
+            (2**31).to_bytes(4, "big"),
+        ]
+        assert await stranger.hears(port, keep) == Verdict()
+        assert [link.peer for link in there.links] == [me]
+        for hello in wrong:
+            assert await stranger.hears(port, hello) is None
+        assert len(there.links) == 1
 
 
-async def test_a_certificate_of_somebody_else_is_not_taken() -> None:
-    async with open_two() as ((a, _, _), (b, _, _), _):
-        victim = Certificate.make(PeerId("victim"))
-        for told in (victim.der, b"noise", b"", bytes(5000)):
-            channel = await a.open(b.me, bulk.PROTOCOL)
-            await channel.send(Offer(told, []))
-            with pytest.raises(Unreachable):
-                await channel.receive(Answer | Decline)
-            await channel.aclose()
-    assert belongs(victim.der, PeerId("victim"))
-    assert not belongs(victim.der, a.me)
-
-
-async def test_an_answer_with_anothers_certificate_is_not_dialled() -> None:
-    async with open_two() as ((_, links, _), (b, others, _), _):
-        others._certificate = Certificate.make(PeerId("victim"))
-        with pytest.raises(Unreachable, match="not its own"):
+async def test_who_answers_in_anothers_place_is_not_taken_for_it() -> None:
+    """Neither with a name of its own nor with a signature it heard before."""
+    async with open_two(one=()) as ((_, links, here), (b, others, _), world):
+        claim = others._greeting._claim
+        others._greeting.network = MemoryNetwork(world, PeerId("c"))
+        with pytest.raises(Unreachable):
             await links.link(b.me)
+        others._greeting.network = b
+        others._greeting.certificate = Certificate.make()  # not the one that was signed
+        assert others._greeting._claim == claim
+        with pytest.raises(Unreachable):
+            await links.link(b.me)
+        assert here.links == []
+
+
+async def test_who_is_known_is_dialled_without_a_word_before() -> None:
+    async with open_two() as ((a, links, _), (b, others, there), world):
+        links.learn(b.me, [f"/ip4/127.0.0.1/tcp/{others.bound[0][1]}/tls", "/ip4/127.0.0.1/tcp/1", "noise"])
+        world.down.add(b.me)  # no control channel
+        link = await links.link(b.me)
+        link.send(b"1")
+        assert await there.messages.receive() == b"1"
+        assert link.way is Way.DIRECT
+        # And whoever was dialled has heard where the other one takes links.
+        assert others.addresses_of(a.me) == [f"/ip4/127.0.0.1/tcp/{links.bound[0][1]}/tls"]
+        assert links.addresses_of(b.me) == [f"/ip4/127.0.0.1/tcp/{others.bound[0][1]}/tls"]
+
+
+async def test_where_nobody_is_any_more_it_is_asked_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    async with open_two() as ((_, links, _), (b, others, _), _):
+        links.learn(b.me, [f"/ip4/127.0.0.1/tcp/{port}/tls"])
+        assert (await links.link(b.me)).live
+        assert links.addresses_of(b.me) == [f"/ip4/127.0.0.1/tcp/{others.bound[0][1]}/tls"]
 
 
 async def test_strangers_cost_little_and_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk, "HANDSHAKE_PATIENCE", 0.3)
-    async with open_two() as ((a, links, _), (b, others, there), _):
-        channel = await a.open(b.me, bulk.PROTOCOL)  # now somebody is expected
-        await channel.send(Offer(Certificate.make(a.me).der, []))
-        await channel.receive(Answer)
+    async with open_two() as ((_, links, _), (b, others, there), _):
         strangers = [await trio.open_tcp_stream("127.0.0.1", others.bound[0][1]) for _ in range(50)]
         for place, stranger in enumerate(strangers):
             with contextlib.suppress(trio.BrokenResourceError):
@@ -277,8 +316,15 @@ async def test_strangers_cost_little_and_are_dropped(monkeypatch: pytest.MonkeyP
                 while await stranger.receive_some():  # a TLS alert, perhaps, and then the end
                     pass
             await stranger.aclose()
-        await channel.aclose()
         assert there.links == []
+        assert (await links.link(b.me)).live
+
+
+async def test_silent_strangers_keep_nobody_out() -> None:
+    """However long one of them may stay, a peer that greets gets its link."""
+    async with open_two() as ((_, links, _), (b, others, _), _), contextlib.AsyncExitStack() as stack:
+        for _ in range(2 * bulk.HANDSHAKES_MAX):
+            stack.push_async_callback((await trio.open_tcp_stream("127.0.0.1", others.bound[0][1])).aclose)
         assert (await links.link(b.me)).live
 
 
@@ -300,7 +346,7 @@ async def test_no_descriptor_left_costs_one_attempt_and_nothing_else(
                 case "Link of the other":
                     patch.setattr(bulk, "Link", lambda *a: full() if a[3] is there else Link(*a))
                 case "context":
-                    patch.setattr(Certificate, "context", full)
+                    patch.setattr(Tls, "__init__", full)
                 case "socket":
                     patch.setattr(trio.socket, "socket", full)
             with pytest.raises(Unreachable):
@@ -329,10 +375,9 @@ async def test_a_port_goes_on_listening_when_no_descriptor_is_left(monkeypatch: 
 
 def test_a_key_never_touches_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is none"))
-    Certificate.make(PeerId("a")).context(server=True, pinned=[])
+    Certificate.make()
 
 
 def test_old_tls_is_not_spoken() -> None:
-    context = Certificate.make(PeerId("a")).context(server=True, pinned=[])
-    assert context.minimum_version is ssl.TLSVersion.TLSv1_3
-    assert context.verify_mode is ssl.CERT_REQUIRED
+    made = Certificate.make()
+    assert made.accepting.minimum_version is made.dialling.minimum_version is ssl.TLSVersion.TLSv1_3
