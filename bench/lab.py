@@ -107,6 +107,11 @@ class Host:
         """Bytes sent and received so far, headers of all layers counted."""
         return _counted(self.space, "eth0"), _counted(self.wire, self.name)
 
+    def ended(self) -> list[str]:
+        """What was started here and has ended badly: the command, and its exit code or minus the signal."""
+        bad = [(p.args[p.args.index("--") + 1 :], code) for p in self.started if (code := p.poll())]
+        return [f"{' '.join(words)[:200]}: {code}" for words, code in bad]
+
     def kill(self) -> None:
         """End what was started here; children of it end with the namespace."""
         for process in self.started:

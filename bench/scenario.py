@@ -18,7 +18,8 @@ be late.  Its row, in the order of the table:
                              most that any worker took from its own beginning
     compared                 workers whose file was then compared with the source, byte by byte
 
-Where a bout fails, `logs` is the folder in which what its hosts wrote down is kept (`bench/logs.py`).
+Where a bout fails, `ended` has the processes that had ended badly by then, and `logs` is the folder in
+which what its hosts wrote down is kept (`bench/logs.py`).
 """
 
 from __future__ import annotations
@@ -99,9 +100,12 @@ def bout(lab: Lab, made: type[Peer], case: Case) -> dict[str, Any]:
 def what_failed(failed: Exception, made: type[Peer], lab: Lab) -> dict[str, Any]:
     """For the row of a bout that failed; its hosts are still there."""
     said = getattr(failed, "stderr", None) or ""
-    kept = logs.keep(lab.hosts, made.name)
-    found = {"failed": f"{type(failed).__name__}: {failed}\n{said}".strip()}
-    return found | ({"logs": str(kept)} if kept else {})
+    found: dict[str, Any] = {"failed": f"{type(failed).__name__}: {failed}\n{said}".strip()}
+    if ended := [f"{host.name}: {told}" for host in lab.hosts for told in host.ended()]:
+        found["ended"] = ended
+    if kept := logs.keep(lab.hosts, made.name):
+        found["logs"] = str(kept)
+    return found
 
 
 def _hosts(lab: Lab, case: Case) -> tuple[Host, list[Host]]:
@@ -131,7 +135,7 @@ def _measured(system: Peer, case: Case) -> dict[str, Any]:
         counts = [Counts.of(host) - b for host, b in zip(hosts, before, strict=True)]
         peaks = [host.account.peak() for host in hosts]
         facts = system.facts()
-    compared = sum(_compare(system.output(worker), case.file) for worker in system.bout.workers)
+    compared = sum(together([_proof(system, worker, case) for worker in system.bout.workers], PATIENCE))
     return {**published, **_row(case, walls, counts, peaks, facts), **facts, "compared": compared}
 
 
@@ -147,6 +151,11 @@ def _fetch(system: Peer, worker: Host, case: Case) -> Callable[[], float]:
         return time.monotonic() - started
 
     return fetch
+
+
+def _proof(system: Peer, worker: Host, case: Case) -> Callable[[], bool]:
+    """Whether `worker` shows what it has; raises `AssertionError` where that is something else."""
+    return lambda: _compare(system.output(worker), case.file)
 
 
 @attrs.frozen

@@ -71,6 +71,7 @@ class Liar(Peer):
         (worker.folder / self.bout.file.name).write_bytes(bytes(SIZE))
         (worker.folder / "data").mkdir()
         (worker.folder / "data" / "daemon.log").write_bytes(b"began" + bytes(logs.MOST) + b"lied")
+        worker.start(["sh", "-c", f"exit {worker.name[-1]}"]).wait()
 
 
 def test_what_differs_from_the_source_has_failed_and_its_logs_are_kept(
@@ -82,6 +83,7 @@ def test_what_differs_from_the_source_has_failed_and_its_logs_are_kept(
     with labs.open_lab(tmp_path) as lab:
         row = bout(lab, Liar, Case("swarm", file, None, 2, Network()))
     assert "not what was sent" in row["failed"]
+    assert row["ended"] == ["worker-1: sh -c exit 1: 1"]
     assert Path(row["logs"]).is_relative_to(tmp_path / "cache")
     for name in ("worker-0", "worker-1"):
         kept = (Path(row["logs"]) / name / "data" / "daemon.log").read_bytes()
