@@ -26,7 +26,6 @@ match at one distance, whatever order the parent has them in.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -40,7 +39,7 @@ from p2pgrid.dht.delta import BLOCK, Range
 from p2pgrid.ids import DIGEST_SIZE, digest
 
 BLOCKS_MAX = 2 << 20
-"""Blocks (8 GiB) of a parent that are looked at: memory is 8 bytes for each, and for each mark."""
+"""Blocks (8 GiB) of a parent that are looked at: memory is 8 bytes for each and for each mark, 24 in all."""
 RARE = 7
 """Bits: one hash in 128 is a mark, two in a block."""
 COMMON = 16
@@ -71,25 +70,24 @@ _ODD = np.array(
 _BLOCK_ODD = (np.arange(1, 2 * _WORDS, 2, dtype=np.uint64) * _ODD[0]) ^ _ODD[1] | np.uint64(1)
 _RARELY = np.uint64(1 << (64 - RARE))
 _PIECE = 8192
-"""Words hashed at a time: arrays that stay in the cache, and that are not mapped anew each time."""
+"""Words worked on at a time: arrays that stay in the cache, and that are not mapped anew each time."""
+_HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 _CHUNK = CHUNK_SIZE // BLOCK
 _ZERO, _NEW = -2, -1
 _HEAD = struct.Struct("<8sQQQQ")
-_MAGIC = b"likely 1"
-_BODY = DIGEST_SIZE + _HEAD.size + 4 * DIGEST_SIZE
-"""Where the four arrays begin in a file: behind a digest of the head, the head, and a digest of each."""
+_MAGIC = b"likely 2"
+_BODY = DIGEST_SIZE + _HEAD.size + 2 * DIGEST_SIZE
+"""Where the two arrays begin in a file: behind a digest of the head, the head, and a digest of each."""
 
 
 class Likeness:
     """What is known of one parent.  Not changed after it was made, so any thread may ask."""
 
-    def __init__(self, names: U32, blocks: U32, marks: U32, places: U32, end: int, hole: int) -> None:
-        self._names = names
-        """Of each block that is not zero, sorted; `_blocks` says which block it is."""
+    def __init__(self, blocks: U64, marks: U64, end: int, hole: int) -> None:
         self._blocks = blocks
+        """Of each block that is not zero its name and, in the lower half, which block it is; sorted."""
         self._marks = marks
-        """Sorted; `_places` says in which block each lies."""
-        self._places = places
+        """Each mark and, in the lower half, the block it lies in; sorted."""
         self._end = end
         """Blocks from here on are not known."""
         self._hole = hole
@@ -98,7 +96,7 @@ class Likeness:
     @classmethod
     def of(cls, chunks: Iterable[tuple[int, Plain]]) -> Likeness:
         """Look at a parent's (offset, plain bytes), ascending; what is left out is holes."""
-        names, blocks, marks, places = ([np.zeros(0, np.uint32)] for _ in range(4))
+        blocks, marks = bytearray(), bytearray()  # they grow where they are, and are sorted there
         left = BLOCKS_MAX
         end, widest, hole = 0, 0, -1
         for offset, plain in chunks:
@@ -110,25 +108,18 @@ class Likeness:
             end = first + len(words) // _WORDS
             named = _block_names(words)
             filled = np.flatnonzero(named)
-            names.append(named[filled])
-            blocks.append((filled + first).astype(np.uint32))
+            blocks += _paired(named[filled], filled + first).data
             at, found = _marks(words, 2)
-            marks.append(found)
-            places.append((at // _WORDS + first).astype(np.uint32))
+            marks += _paired(found, at // _WORDS + first).data
             left -= len(filled)
             if left < 0:
                 break
-        sorted_names, sorted_blocks = _sorted(np.concatenate(names), np.concatenate(blocks))
-        sorted_marks, sorted_places = _sorted(np.concatenate(marks), np.concatenate(places))
-        telling = ~_crowded(sorted_marks)
-        return cls(sorted_names, sorted_blocks, sorted_marks[telling], sorted_places[telling],
-                   end, hole if widest >= _CHUNK else -1)  # fmt: skip
+        return cls(_sorted(blocks), _telling(_sorted(marks)), end, hole if widest >= _CHUNK else -1)
 
     def save(self, path: Path) -> None:
         """Write to `path`, whole or not at all; it may be made again, so nothing is synced."""
-        arrays = (self._names, self._blocks, self._marks, self._places)
-        parts = [each.astype("<u4", copy=False).view(np.uint8).data for each in arrays]
-        head = _HEAD.pack(_MAGIC, len(self._names), len(self._marks), self._end, self._hole + 1)
+        parts = [each.astype(_WORD, copy=False).view(np.uint8).data for each in (self._blocks, self._marks)]
+        head = _HEAD.pack(_MAGIC, len(self._blocks), len(self._marks), self._end, self._hole + 1)
         head += b"".join(map(digest, parts))
         aside = path.with_name(path.name + ".new")
         try:
@@ -155,12 +146,11 @@ class Likeness:
         magic, blocks, marks, end, hole = _HEAD.unpack_from(head)
         if magic != _MAGIC or len(body) != 8 * (blocks + marks):
             return None
-        cuts = itertools.accumulate((4 * blocks, 4 * blocks, 4 * marks, 4 * marks), initial=0)
-        parts = [body[first:last] for first, last in itertools.pairwise(cuts)]
+        parts = (body[: 8 * blocks], body[8 * blocks :])
         if b"".join(map(digest, parts)) != head[_HEAD.size :]:
             return None
-        names, where, found, places = (np.frombuffer(part, "<u4") for part in parts)
-        return cls(names, where, found, places, end, hole - 1)
+        told, found = (np.frombuffer(part, _WORD).astype(np.uint64, copy=False) for part in parts)
+        return cls(told, found, end, hole - 1)
 
     def ranges(self, plain: Plain, near: int) -> list[Range]:
         """Which parts of the parent to tell the chunk at offset `near` by; none if nothing is alike."""
@@ -193,17 +183,18 @@ class Likeness:
     def _equal(self, words: U64, near: int) -> I64:
         """For each block of the chunk the equal one of the parent, or `_ZERO` or `_NEW`."""
         names = _block_names(words)
-        low, high = _span(self._names, names)
+        low, high = _span(self._blocks, names)
         count = high - low
         guess = np.where(names == 0, _ZERO, np.full(len(names), _NEW))
-        guess[count == 1] = self._blocks[low[count == 1]]
+        guess[count == 1] = self._blocks[low[count == 1]] & _LOW
         shift = near
         for i in np.flatnonzero(count > 1).tolist():
             # Where there is a choice, what goes on where the last one ended: a run costs least.
             if i and guess[i - 1] >= 0:
                 shift = int(guess[i - 1]) + 1 - i
-            places = self._blocks[low[i] : high[i]]
-            guess[i] = places[min(int(np.searchsorted(places, i + shift)), len(places) - 1)]
+            equal = self._blocks[low[i] : high[i]]
+            nearest = np.searchsorted(equal, (equal[0] & ~_LOW) + np.uint64(i + shift))
+            guess[i] = equal[min(int(nearest), len(equal) - 1)] & _LOW
         return guess
 
     def _with_holes(self, guess: I64) -> I64:
@@ -263,7 +254,7 @@ class Likeness:
         count = high - low
         which = np.repeat(np.arange(len(count)), count)
         nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
-        theirs = self._places[low[which] + nth].astype(np.int64)
+        theirs = (self._marks[low[which] + nth] & _LOW).astype(np.int64)
         pairs = _summed((both & 0xFFFFFFFF).astype(np.int64)[which], theirs, 1.0 / count[which])
         if len(pairs[0]) <= HITS_MAX:
             return pairs
@@ -313,27 +304,39 @@ def _scrambled(hashes: U64) -> U64:
 # --- arrays ----------------------------------------------------------------------------
 
 
-def _sorted(keys: U32, values: U32) -> tuple[U32, U32]:
-    """Both by `keys`, and the values of equal keys ascending."""
-    both = keys.astype(np.uint64)
-    both <<= 32
-    both |= values
+def _paired(keys: U32, values: I64) -> U64:
+    """Keys in the upper halves, values in the lower ones."""
+    return keys.astype(np.uint64) << _HALF | values.astype(np.uint64) & _LOW
+
+
+def _sorted(pairs: bytearray) -> U64:
+    """The very bytes of `pairs`, by key, and by value where keys are equal."""
+    both = np.frombuffer(pairs, np.uint64)
     both.sort()
-    return (both >> 32).astype(np.uint32), both.astype(np.uint32)
+    return both
 
 
-def _crowded(keys: U32) -> NDArray[np.bool_]:
-    """Which of the sorted `keys` stand there more than `COMMON` times."""
-    crowded = np.zeros(len(keys), np.bool_)
-    far = keys[COMMON:] == keys[:-COMMON]
-    for nth in range(COMMON + 1):
-        crowded[nth : nth + len(far)] |= far
-    return crowded
+def _telling(pairs: U64) -> U64:
+    """Of the sorted `pairs` those whose key stands there at most `COMMON` times; moved up within `pairs`."""
+    crowded = np.zeros(len(pairs), np.bool_)
+    for first in range(0, len(pairs) - COMMON, _PIECE):
+        near = pairs[first : first + _PIECE][: len(pairs) - COMMON - first]
+        far = (pairs[first + COMMON :][: len(near)] ^ near) <= _LOW
+        if far.any():
+            for nth in range(first, first + COMMON + 1):
+                crowded[nth : nth + len(far)] |= far
+    kept = 0
+    for first in range(0, len(pairs), _PIECE):
+        some = pairs[first : first + _PIECE][~crowded[first : first + _PIECE]]
+        pairs[kept : kept + len(some)] = some
+        kept += len(some)
+    return pairs[:kept]
 
 
-def _span(keys: U32, wanted: U32) -> tuple[I64, I64]:
-    """From where to where in the sorted `keys` each of `wanted` stands."""
-    return np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
+def _span(pairs: U64, keys: U32) -> tuple[I64, I64]:
+    """From where to where in the sorted `pairs` each of `keys` stands."""
+    least = keys.astype(np.uint64) << _HALF
+    return np.searchsorted(pairs, least, "left"), np.searchsorted(pairs, least | _LOW, "right")
 
 
 def _summed(row: I64, place: I64, votes: Votes) -> tuple[I64, I64, Votes]:

@@ -6,13 +6,14 @@ import itertools
 import random
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pgrid.dht.delta import BLOCK, DICT_MAX, REFS_MAX, delta_refs, encode_delta, expand_delta, gather
 from p2pgrid.dht.frame import compress
-from p2pgrid.dht.likeness import Likeness
+from p2pgrid.dht.likeness import COMMON, Likeness, _telling
 from p2pgrid.dht.manifest import CHUNK_SIZE
 from tests.small_disks import chunk
 
@@ -145,6 +146,30 @@ def test_a_mark_that_is_rare_in_the_parent_and_common_in_the_chunk_is_bounded():
         finally:
             tracemalloc.stop()
         assert peak < 8 << 20
+
+
+def test_marks_that_are_common_are_left_out():
+    times = {key: RNG.choice((1, 3, COMMON, COMMON + 1, 60)) for key in range(0, 2**32, 2**32 // 2000)}
+    marks = [key << 32 | nth for key, count in times.items() for nth in range(count)]
+    rare = [key << 32 | nth for key, count in times.items() if count <= COMMON for nth in range(count)]
+    assert _telling(np.array(marks, np.uint64)).tolist() == rare
+    for few in (0, 1, COMMON, COMMON + 1):
+        assert len(_telling(np.arange(few, dtype=np.uint64))) == (few if few <= COMMON else 0)
+
+
+def test_what_is_known_of_a_block_takes_24_bytes():
+    """8 for its name, 8 for each of two marks; hardly more while it is made."""
+    blocks = 4096
+    chunks = [(at, RNG.randbytes(CHUNK_SIZE)) for at in range(0, blocks * BLOCK, CHUNK_SIZE)]
+    tracemalloc.start()
+    try:
+        made = Likeness.of(chunks)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert made.ranges(chunks[9][1], 0) == [(9 * CHUNK_SIZE // BLOCK, CHUNK_SIZE // BLOCK)]
+    assert kept < 30 * blocks
+    assert most < kept + (1 << 20), "a chunk, and what is hashed at a time"
 
 
 def test_an_empty_parent_resembles_nothing():
