@@ -103,6 +103,14 @@ class Sparse(Flat):
         return find
 
 
+def digests_of(lengths: Sequence[int], packed: bytes | bytearray) -> Flat:
+    """The digests of frames of these lengths; what has none has no digest in `packed` either."""
+    digests = Digests(packed)
+    if len(digests) == len(lengths):
+        return digests
+    return Sparse(len(lengths), array("I", (i for i, length in enumerate(lengths) if length)), digests)
+
+
 class Index(Mapping[bytes, int]):
     """Digest to place, in the order of the places.
 

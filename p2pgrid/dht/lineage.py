@@ -143,10 +143,7 @@ def delta_coding(store: Store, key: SigningKey, parent: Parent) -> Coding:
         lists: list[Cid] = []
         for first in range(0, len(lengths), PAGE_SPAN):
             span = slice(first, first + PAGE_SPAN)
-            told = [
-                name if length else b"" for length, name in zip(lengths[span], digests[span], strict=True)
-            ]
-            lists.append(store.put_object(encode_frames(lengths[span], told)))
+            lists.append(store.put_object(encode_frames(lengths[span], digests[span])))
         delta = Delta(content, shelf.layout.cid, shelf.pack, len(lengths), tuple(lists), b"")
         return store.put_object(signed(delta, key).encode())
 

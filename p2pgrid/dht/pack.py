@@ -23,7 +23,7 @@ import attrs
 
 from p2pgrid.dht.content import CHUNK_SIZE, PAGE_SPAN, SIZE_MAX
 from p2pgrid.dht.dagcbor import bounded, decode, encode, need, take
-from p2pgrid.dht.flat import Digests, Flat, Sparse
+from p2pgrid.dht.flat import Digests, Flat, digests_of
 from p2pgrid.dht.signing import check_signature
 from p2pgrid.ids import DIGEST_SIZE, Cid
 
@@ -139,8 +139,7 @@ def encode_frames(lengths: Sequence[int], digests: Sequence[bytes]) -> bytes:
 
 def read_frames(pack: Pack | Delta, get: Callable[[Cid], bytes]) -> Frames:
     """Read the pages of a pack or a delta through `get`."""
-    lengths, told = array("I"), array("I")
-    digests = bytearray()
+    lengths, digests = array("I"), bytearray()
     left = pack.count
     for page in pack.pages:
         span = min(PAGE_SPAN, left)
@@ -151,12 +150,9 @@ def read_frames(pack: Pack | Delta, get: Callable[[Cid], bytes]) -> Frames:
         if sys.byteorder == "little":
             some.byteswap()
         need(len(hashes) == DIGEST_SIZE * (span - some.count(0)), "the number of digests")
-        if isinstance(pack, Delta):
-            told.extend(index for index, length in enumerate(some, len(lengths)) if length)
         lengths += some
         digests += hashes
         left -= span
     least = 0 if isinstance(pack, Delta) else 1
     need(least <= min(lengths, default=1) <= max(lengths, default=1) <= FRAME_MAX, "the length of a frame")
-    names = Digests(digests)
-    return Frames(lengths, Sparse(len(lengths), told, names) if isinstance(pack, Delta) else names)
+    return Frames(lengths, digests_of(lengths, digests))

@@ -14,7 +14,7 @@ and then nothing is written at all.
 A chunk that stands in many places is squeezed where it stands first, whichever thread
 meets it first: the same bytes give the same pack.
 
-Memory: a batch of frames for each thread and `AHEAD` more, and about 250 bytes a chunk.
+Memory: a batch of frames for each thread and `AHEAD` more, and about 90 bytes a chunk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nacl.signing import SigningKey
 
 from p2pgrid.dht.chunker import is_zero, length_at
 from p2pgrid.dht.files import explained, write_all
-from p2pgrid.dht.flat import Digests
+from p2pgrid.dht.flat import digests_of
 from p2pgrid.dht.frame import compress
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
@@ -69,7 +69,8 @@ Squeeze = Callable[[int, bytearray], bytes]
 """(position, plain bytes): the chunk's frame.  Called in any thread, out of order; the plain bytes are
 good until it returns."""
 Seal = Callable[[Cid, Sequence[int], Sequence[bytes]], Cid]
-"""(content, lengths, digests of the frames by index): put the objects that list the frames."""
+"""(content, lengths, digests of the frames by index): put the objects that list the frames.  An empty
+frame has an empty digest."""
 
 
 @attrs.frozen
@@ -160,13 +161,13 @@ class _Old(NamedTuple):
 
 
 class _Fresh(NamedTuple):
-    """A frame that was just made, and its digest."""
+    """A frame that was just made, and its digest; both empty where none is needed."""
 
     frame: bytes
     digest: bytes
 
 
-_EMPTY = _Fresh(b"", digest(b""))
+_EMPTY = _Fresh(b"", b"")
 
 
 class _Piece(NamedTuple):
@@ -331,7 +332,7 @@ class _Sheet:
         """Put the objects, and fill the open places unless the pack is here already."""
         self.names.skip(-(-self._size // CHUNK_SIZE) - len(self.names))
         content = self._put_content()
-        pack = self._seal(content, self._lengths, Digests(self._digests))
+        pack = self._seal(content, self._lengths, digests_of(self._lengths, self._digests))
         shelf = self._store.shelf(pack)
         here = shelf is not None and shelf.complete
         if not here:
