@@ -1,6 +1,6 @@
 """Measure how much memory a disk takes in a node, however many chunks it has.
 
-    python -m bench memory [--chunks 409600] [--seconds 20] [--what holds fetches puts]
+    python -m bench memory [--chunks 409600] [--seconds 20] [--what holds updated fetches puts]
 
 The disk is signed and complete, but its frames are zeros of about 1 KiB in a sparse file, so 100 GiB of
 data (409,600 chunks) take no room.  Each row is a process with all that a node imports, with host and
@@ -8,10 +8,11 @@ exchange open:
 
 empty      holds nothing
 holds      has the disk complete, and is asked for it
-fetches    gets it from there; cut off after `--seconds`
+updated    has a second version besides, a delta with one chunk in a hundred of its own
+fetches    gets the first one from there; cut off after `--seconds`
 puts       reads, names, squeezes and signs chunks that are nearly empty (a minute of CPU)
 
-RSS at the end and the most it ever was, in MiB, of which the rows beside `empty` are the disk's share.
+RSS at the end and the most it ever was, in MiB; what is more than in `empty` is the disk's.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     PAGE_SPAN,
     Content,
+    Delta,
     Disk,
     Guest,
     Pack,
@@ -53,20 +55,30 @@ SHORTEST, SPREAD = 800, 400
 """Bytes of a frame."""
 
 
-def make(store: Store, chunks: int) -> Cid:
-    """A disk of so many chunks, all different, complete in `store`; its frames are zeros."""
+def make(store: Store, chunks: int, old: Cid | None = None) -> Cid:
+    """A disk of so many chunks, all different, complete in `store`; its frames are zeros.
+
+    With `old`, it is a delta on that disk.
+    """
     from nacl.signing import SigningKey
 
     key, size = SigningKey(bytes(32)), chunks * CHUNK_SIZE
-    zeros = [digest(bytes(length)) for length in range(SHORTEST + SPREAD)]
+    zeros = [b"", *(digest(bytes(length)) for length in range(1, SHORTEST + SPREAD))]
     pages, lists = [], []
     for first in range(0, chunks, PAGE_SPAN):
-        span = range(first, min(first + PAGE_SPAN, chunks))
-        lengths = [SHORTEST + index * 7919 % SPREAD for index in span]
-        pages.append(store.put_object(encode_page([digest(b"%d" % index) for index in span]) or b""))
+        names, lengths = [], []
+        for index in range(first, min(first + PAGE_SPAN, chunks)):
+            own = old is None or index % 100 == 0
+            names.append(digest(b"%d of version %d" % (index, own and old is not None)))
+            lengths.append(SHORTEST + index * 7919 % SPREAD if own else 0)
+        pages.append(store.put_object(encode_page(names) or b""))
         lists.append(store.put_object(encode_frames(lengths, [zeros[length] for length in lengths])))
     content = store.put_object(Content(size, CHUNK_SIZE, tuple(pages)).encode())
-    pack = store.put_object(signed(Pack(content, chunks, tuple(lists), b""), key).encode())
+    made: Pack | Delta = Pack(content, chunks, tuple(lists), b"")
+    if old is not None:
+        before = Disk.decode(store.get_object(old))
+        made = Delta(content, before.content, before.pack, chunks, tuple(lists), b"")
+    pack = store.put_object(signed(made, key).encode())
     segments = tuple(store.put_object(page) for page in paged_segments([Guest(0, size)]))
     recipe = store.put_object(Recipe("raw", True, size, segments).encode())
     datum = store.put_object(signed(Disk(content, pack, recipe, b""), key).encode())
@@ -155,6 +167,9 @@ def run(given: argparse.Namespace, folder: Path) -> None:
     """One node after the other; who fetches does so from one that holds."""
     with Store(folder / "holds") as store:
         datum = make(store, given.chunks)
+    if "updated" in given.what:
+        with Store(folder / "updated") as store:
+            make(store, given.chunks, make(store, given.chunks))
     report(f"{'':10} {'chunks':>8} {'peak':>6} {'RSS':>6}   above empty")
     empty: dict[str, int] | None = None
     for what in ("empty", *given.what):
@@ -217,7 +232,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--chunks", type=int, default=409_600)
     arguments.add_argument("--seconds", type=float, default=20.0)
-    arguments.add_argument("--what", nargs="+", default=["holds", "fetches", "puts"])
+    arguments.add_argument("--what", nargs="+", default=["holds", "updated", "fetches", "puts"])
     arguments.add_argument("--node")
     arguments.add_argument("--root", type=Path)
     given = arguments.parse_args()
