@@ -56,7 +56,7 @@ from p2pgrid.transfer.swarm import (
 OBJECTS_AT_ONCE = 8
 OBJECT_PATIENCE = 15.0
 """Seconds for an object (at most 1 MiB) before it is asked of another peer."""
-GATHER = 0.025
+GATHER = 0.05
 """Seconds that reports of links wait for more of them: a step and a message for each would cost
 as much as the bytes.  Peers are asked for more than arrives in that time, once they are at it."""
 GATHERED = 32
@@ -269,7 +269,7 @@ class Download:
                 shelf.put_frame(0, b"")  # says why
             self.company.dismiss()
             self._work_on(shelf)
-            self._swarm = Swarm(shelf.frames.lengths, shelf.have(), self._rng)
+            self._swarm = Swarm(shelf.frames.lengths, shelf.have(), self._rng, me=self._peering.me)
             # Bounded by what peers were asked for and by how much they may chatter.
             self._inbox, inbox = trio.open_memory_channel[Sequence[Event]](math.inf)
             self.company.gather(shelf)
@@ -389,8 +389,8 @@ class Download:
                 await self._gathered.wait()
 
     def _is_first(self, event: Event) -> bool:
-        """Whether it is about a peer that has not shown yet what it can do."""
-        return not isinstance(event, Held | Urgent | Tick) and self._bytes_by_peer.get(event.peer, 0) < FIRST
+        """Whether a peer that has not shown yet what it can do has brought something, or has come."""
+        return isinstance(event, Arrived | Joined) and self._bytes_by_peer.get(event.peer, 0) < FIRST
 
     def hold(self, indices: Iterable[int]) -> None:
         """These came in another way: by a fetch of another datum with the same pack."""
