@@ -110,6 +110,11 @@ class Link:
         return not self._closing
 
     @property
+    def near(self) -> bool:
+        """Whether its other end is in the same house."""
+        return self._rates.private
+
+    @property
     def queued(self) -> int:
         """Bytes that wait to be sent."""
         return self._put - self._gone

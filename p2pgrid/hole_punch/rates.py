@@ -129,7 +129,7 @@ class LinkRates:
 
     def __init__(self, rates: Rates, *, private: bool) -> None:
         self._rates = rates
-        self._private = private
+        self.private = private
         self._up = Bucket()
         self._down = Bucket()
         self._courtesy = Courtesy()
@@ -147,7 +147,7 @@ class LinkRates:
     @property
     def courteous(self) -> bool:
         wish = self._rates.limits.courteous
-        return wish == "always" or (wish == "wan" and not self._private)
+        return wish == "always" or (wish == "wan" and not self.private)
 
     @property
     def up_rate(self) -> float:

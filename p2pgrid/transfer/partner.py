@@ -27,6 +27,10 @@ class Partner:
     have: Blocks
     whole: bool = False
     """Whether it had everything when it said what it has: it holds back what it has sent to others."""
+    near: bool = False
+    """Whether it is reached without passing the line that our neighbours use, too."""
+    news: float = -math.inf
+    """When it joined, or told of something that we miss."""
     useful: int = 0
     """The blocks, as bits, where it may have something wanted."""
     pace: Pace = attrs.Factory(Pace)

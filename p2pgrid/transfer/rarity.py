@@ -188,11 +188,13 @@ class Rarity:
             self.wanted[block] &= ~bits
             self._refresh(block)
 
-    def rarest(self, have: Blocks, useful: int, rng: Chance) -> tuple[int, int, int]:
+    def rarest(
+        self, have: Blocks, useful: int, rng: Chance, within: Blocks | None = None
+    ) -> tuple[int, int, int]:
         """(block, bits, useful): bits that are wanted, in `have` and equally rare; none if 0.
 
         `useful` tells (as bits) the blocks where `have` may hold something wanted; it comes
-        back without those that were looked into in vain.
+        back without those that were looked into in vain.  Nothing but what is `within` comes.
         """
         best = (0, 0, 0)  # count, block, bits
         seen = looks = 0
@@ -207,6 +209,8 @@ class Rarity:
                 continue
             block = nth_bit(blocks, rng.randrange(blocks.bit_count()))
             bits = self.wanted[block] & have[block]
+            if within is not None:
+                bits &= within[block]
             if not bits:
                 useful ^= 1 << block
                 continue

@@ -1,7 +1,7 @@
 """Serve one peer what the store holds, as fast as its link takes it and no faster.
 
 Whatever is here is served, packs that are still incomplete, too.  Requests wait as numbers,
-not as bytes: a frame is read from the store, in the link's own thread, when the link has
+not as bytes: a frame is read from the store, in the thread of links, when the link has
 room for it.  Which one, and whether it waits a moment, `turns.py` decides; all links share what
 it knows of a pack.  A frame that turns out to be missing or rotten is refused, never sent.
 """
@@ -60,8 +60,12 @@ class Audience:
         self._lock = threading.Lock()
         self._topics: dict[Cid, dict[tuple[Link, int], None]] = {}
         self._turns: dict[Cid, Turns] = {}
-        self.slots: Slots[Link] = Slots()
+        self._slots: tuple[Slots[Link], Slots[Link]] = Slots(), Slots()
         self.guests: Guests[Link] = Guests()
+
+    def slots(self, link: Link) -> Slots[Link]:
+        """Those of the uplink that `link` goes through: not the same within the house as across its line."""
+        return self._slots[link.near]
 
     def join(self, pack: Cid, link: Link, topic: int) -> None:
         with self._lock:
@@ -174,7 +178,7 @@ class Seeding:
 
         Returns the seconds after which there is more to send, if nothing else happens before.
         """
-        slots, link, wait = self._audience.slots, self._link, None
+        slots, link, wait = self._audience.slots(self._link), self._link, None
         slots.update(link, link.queued, self._audience.now())
         self._send_urgent()
         while link.queued < link.low:
@@ -206,7 +210,7 @@ class Seeding:
     def end(self) -> None:
         for topic in list(self._topics):
             self._close(topic)
-        self._audience.slots.leave(self._link)
+        self._audience.slots(self._link).leave(self._link)
 
     def _open(self, topic: int, pack: Cid) -> None:
         known = self._topics.setdefault(topic, _Topic(pack))

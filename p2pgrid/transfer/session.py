@@ -1,5 +1,5 @@
 """Speak the bulk protocol on one link: what the peer wants goes to `seed.py`, what it brings is
-verified and stored here, in the link's own thread, and reported to whoever wants it.
+verified and stored here, in the thread of links, and reported to whoever wants it.
 
     link thread:  bytes ─> message ─┬─ Open, Request, GetObject ─> Seeding
                                     ├─ Frame ─> shelf (hash, write) ─> Arrived | Rejected
@@ -138,7 +138,7 @@ class Want:
             if self._count % 8:
                 self._bits[-1] &= (1 << self._count % 8) - 1
             self.shown = True
-            self._wanter.report(Joined(self.peer, bytes(self._bits)))
+            self._wanter.report(Joined(self.peer, bytes(self._bits), self._link.near))
 
     def _need_known(self, index: int) -> None:
         if index >= self._count:

@@ -32,6 +32,7 @@ import attrs
 
 from p2pgrid.ids import PeerId
 from p2pgrid.machine import Tick
+from p2pgrid.transfer.near import Near
 from p2pgrid.transfer.pace import CHUNKS_MAX, LIGHT
 from p2pgrid.transfer.partner import Alarms, Partner
 from p2pgrid.transfer.rarity import BLOCK, Chance, IndexSet, Rarity, blocks_of, indices, nth_bit
@@ -51,6 +52,7 @@ GAIN_MIN = 1.0
 """Seconds that asking a second peer has to win."""
 USUAL = 1.0
 """Seconds that a chunk is thought to take while nobody has brought one."""
+NOBODY = PeerId("")
 DUPLICATES = 0.02
 """Share of the bytes that may be asked of two peers at once."""
 
@@ -64,6 +66,8 @@ class Joined:
 
     peer: PeerId
     have: bytes
+    near: bool = False
+    """Whether it is reached without passing the line that this node shares with its neighbours."""
 
 
 @attrs.frozen
@@ -175,12 +179,24 @@ class Errand:
 class Swarm:
     """The machine that completes one pack."""
 
-    def __init__(self, lengths: Sequence[int], have: bytes, rng: Chance, *, patience: float = 30.0) -> None:
-        """`lengths`: bytes of each frame by index; `have`: what is held (bitmap, LSB first)."""
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        have: bytes,
+        rng: Chance,
+        *,
+        me: PeerId = NOBODY,
+        patience: float = 30.0,
+    ) -> None:
+        """`lengths`: bytes of each frame by index; `have`: what is held (bitmap, LSB first).
+
+        `me` is what near peers know this node by.
+        """
         self._lengths = lengths
         self._rng = rng
         self._patience = patience
         self._rarity = Rarity(len(lengths), have)
+        self._near = Near(me, len(lengths))
         self._peers: dict[PeerId, Partner] = {}
         self._shunned: set[PeerId] = set()
         self._asked: dict[int, list[Partner]] = {}
@@ -194,6 +210,7 @@ class Swarm:
         self._doubled_max = max(int(DUPLICATES * sum(lengths)), 4 * max(lengths, default=0))
         self._urgent: dict[int, Errand] = {}
         self._typical = math.inf  # seconds from an ask to its chunk, over all peers
+        self._helped = -1
         self._joins = 0
         self._announced = False
         self._effects: list[Effect] = []
@@ -238,6 +255,8 @@ class Swarm:
             for waiting in self._alarms.due(now):
                 self._examine(waiting, now)
             self._rush(now)
+            if self._near.look(self._peers.values(), now):
+                self._look_around()
             self._feed(now)
             self._look(now)
         elif not self._announced:
@@ -251,8 +270,8 @@ class Swarm:
                 self._arrived(peer, index, size, now)
             case Told(peer, told):
                 self._told(peer, told)
-            case Joined(peer, have):
-                self._joined(peer, have)
+            case Joined(peer, have, near):
+                self._joined(peer, have, near)
             case Left(peer):
                 self._left(peer)
             case Rejected(peer, _):
@@ -271,7 +290,7 @@ class Swarm:
 
     # --- what events do ---
 
-    def _joined(self, id_: PeerId, bitmap: bytes) -> None:
+    def _joined(self, id_: PeerId, bitmap: bytes, near: bool) -> None:
         if id_ in self._shunned:
             return
         have = blocks_of(bitmap, len(self._lengths))
@@ -288,6 +307,8 @@ class Swarm:
             for index in [i for i in peer.asks if not peer.has(i)]:
                 self._withdraw(peer, index)
         peer.whole = sum(bits.bit_count() for bits in have) == len(self._lengths)
+        peer.near, peer.news = near, self._now
+        self._near.changed()
         self._count(peer)
         peer.useful = (1 << len(have)) - 1
         self._tries[peer.order] = peer
@@ -300,7 +321,10 @@ class Swarm:
         fresh = [i for i in told if 0 <= i < len(self._lengths) and not (peer.has(i) or peer.hopeless(i))]
         for index in fresh:
             news[index // BLOCK] = news.get(index // BLOCK, 0) | 1 << index % BLOCK
+        if fresh and peer.near:
+            peer.news = self._now
         for block, bits in news.items():
+            self._near.told(peer, block, bits)
             peer.have[block] |= bits
             peer.useful |= 1 << block
             if not peer.stalls:
@@ -313,9 +337,11 @@ class Swarm:
             self._tries[peer.order] = peer
 
     def _prefer(self, peer: Partner, index: int) -> None:
-        """`peer` has what a seeder is asked for, who holds it back now: have it from here."""
+        """`peer` has what a seeder is asked for, who holds it back now, or is near: have it from here."""
         if peer.room and self._expected(peer, peer.outstanding + self._lengths[index]) < GAIN_MIN:
-            for other in [p for p in self._asked.get(index, ()) if p.whole]:
+            for other in [p for p in self._asked.get(index, ()) if not p.near if peer.near] or [
+                p for p in self._asked.get(index, ()) if p.whole
+            ]:
                 self._withdraw(other, index)
 
     def _left(self, id_: PeerId) -> None:
@@ -325,6 +351,7 @@ class Swarm:
         for index in list(peer.asks):
             self._drop(peer, index)
         self._uncount(peer)
+        self._near.changed()
         self._tries.pop(peer.order, None)
         self._idle.pop(peer.order, None)
         peer.alarm = math.inf
@@ -453,6 +480,7 @@ class Swarm:
 
     def _stall(self, peer: Partner, now: float) -> None:
         self._uncount(peer)
+        self._near.changed()
         peer.stalls += 1
         if peer.stalls > STALLS_MAX and not self._alone(peer):
             self._shun(peer.id, "answered nothing, again and again")
@@ -467,6 +495,7 @@ class Swarm:
 
     def _revive(self, peer: Partner) -> None:
         peer.stalls = 0
+        self._near.changed()
         peer.rests_until = -math.inf
         self._count(peer)
         for index in peer.asks:
@@ -486,7 +515,9 @@ class Swarm:
             self._released = 0
             self._tries.update(self._idle)
         tries, self._tries = self._tries, {}
-        for peer in sorted(tries.values(), key=lambda p: (p.stalls, p.whole, -p.pace.rate, p.order)):
+        for peer in sorted(
+            tries.values(), key=lambda p: (p.stalls, not p.near, p.whole, -p.pace.rate, p.order)
+        ):
             asked = self._fill(peer, now)
             if asked:
                 self._effects.append(Ask(peer.id, tuple(asked)))
@@ -499,7 +530,9 @@ class Swarm:
         if now < peer.rests_until:
             return asked
         while peer.room:
-            block, bits, peer.useful = self._rarity.rarest(peer.have, peer.useful, self._rng)
+            block, bits, peer.useful = self._rarity.rarest(
+                peer.have, peer.useful, self._rng, None if peer.near else self._near.share
+            )
             if not bits:
                 self._idle[peer.order] = peer
                 break
@@ -522,6 +555,30 @@ class Swarm:
         if not peer.stalls:
             self._rarity.unwant(block, ((1 << len(taken)) - 1) << at - len(taken))
         return taken
+
+    def _look_around(self) -> None:
+        """Somebody near came, went or is slow: who is not near may be asked for something else."""
+        for peer in self._peers.values():
+            if not peer.near:
+                peer.useful = (1 << len(peer.have)) - 1
+                if peer.order in self._idle:
+                    self._tries[peer.order] = peer
+
+    def _help(self, idle: list[Partner], now: float) -> None:
+        """Where nothing of our share is to be had, ask for one chunk of the others'."""
+        if self._near.share is None or any(peer.asks for peer in self._peers.values() if not peer.near):
+            return
+        for peer in sorted((p for p in idle if not p.near and p.room), key=lambda p: (-p.pace.rate, p.order)):
+            useful = (1 << len(peer.have)) - 1
+            block, bits, _ = self._rarity.rarest(peer.have, useful, self._rng, self._near.lacking)
+            if bits:
+                at = nth_bit(bits, self._rng.randrange(bits.bit_count()))
+                self._helped = block * BLOCK + at
+                self._ask(peer, self._helped, now)
+                self._rarity.unwant(block, 1 << at)
+                self._effects.append(Ask(peer.id, (self._helped,)))
+                self._alarms.set(peer, self._silent_until(peer), now)
+                return
 
     # --- what is urgent ---
 
@@ -563,13 +620,14 @@ class Swarm:
 
     def _look(self, now: float) -> None:
         """Every now and then let idle peers bring what is overdue at others."""
-        if not self._idle or not self._asked:
+        if not self._idle or not (self._asked or self._near.share is not None):
             self._look_at = math.inf
         elif self._look_at == math.inf or self._look_at <= now:
             due = self._look_at <= now
             self._look_at = now + self._pause
             if due and (idle := [p for p in self._idle.values() if p.room and not p.stalls]):
                 self._hurry(idle, now)
+                self._help(idle, now)
                 self._feed(now)
 
     @property
@@ -578,10 +636,15 @@ class Swarm:
 
     def _hurry(self, idle: list[Partner], now: float) -> None:
         least = min(self._expected(peer, peer.outstanding) for peer in idle)
+        last = self._rarity.nothing_wanted or self._near.asked_all(self._rarity.wanted)
         for remaining, _, slow, index in heapq.nlargest(LOOK_MAX, self._remaining(now)):
             if not self._pays(remaining, least):
                 break
-            able = [peer for peer in idle if peer.has(index) and index not in peer.asks and peer.room]
+            able = [
+                peer
+                for peer in idle
+                if peer.has(index) and index not in peer.asks and peer.room and self._near.may(peer, index)
+            ]
             if not able:
                 continue
             cost, peer = min(
@@ -593,9 +656,7 @@ class Swarm:
             if peer.pace.rate and index != next(iter(slow.asks)) and index not in self._extra:
                 self._withdraw(slow, index)
                 self._rarity.unwant(index // BLOCK, 1 << index % BLOCK)
-            elif not self._rarity.nothing_wanted or (
-                peer.pace.rate and remaining - cost < max(GAIN_MIN, 2 * self._typical)
-            ):
+            elif not last or (peer.pace.rate and remaining - cost < max(GAIN_MIN, 2 * self._typical)):
                 continue
             elif self._doubled + self._lengths[index] <= self._doubled_max >> (
                 slow.quiet(index, now) < 2 * USUAL
@@ -663,8 +724,12 @@ class Swarm:
             assert len(peer.asks) <= CHUNKS_MAX + len(self._urgent) or before < LIGHT
             assert not peer.asks or peer.alarm < math.inf, "silence is noticed"
             for block, bits in enumerate(peer.have):
+                if self._near.share is not None and not peer.near:
+                    bits &= self._near.share[block]
                 assert not bits & self._rarity.wanted[block] or peer.useful >> block & 1
         assert 0 <= self._doubled <= self._doubled_max
         resting = any(not peer.asks and peer.alarm < math.inf for peer in self._peers.values())
         if not self.complete:
-            assert (self.deadline < math.inf) == bool(asks or resting), "a tick is due iff there is a reason"
+            left_to_others = self._idle and self._near.share is not None
+            reason = bool(asks or resting or left_to_others)
+            assert (self.deadline < math.inf) == reason, "a tick is due iff there is a reason"

@@ -46,7 +46,7 @@ class AnyHistory(RuleBasedStateMachine):
     def start(self, data, seed, count):
         self.lengths = [1000 + 37 * (i % 5) for i in range(count)]
         self.held = data.draw(st.sets(st.integers(0, count - 1)))
-        self.swarm = Swarm(self.lengths, bitmap(self.held, count), random.Random(seed))
+        self.swarm = Swarm(self.lengths, bitmap(self.held, count), random.Random(seed), me=PeerId("me"))
         self.now = 1000.0
         self.have: dict[PeerId, set[int]] = {}
         self.asked: dict[PeerId, list[int]] = {}
@@ -105,8 +105,8 @@ class AnyHistory(RuleBasedStateMachine):
         for key in [key for key in self.refused if key[0] == peer]:
             del self.refused[key]
 
-    @rule(data=st.data(), peer=st.sampled_from(PEERS))
-    def joins(self, data, peer):
+    @rule(data=st.data(), peer=st.sampled_from(PEERS), near=st.booleans())
+    def joins(self, data, peer, near):
         have = data.draw(st.sets(st.integers(0, len(self.lengths) - 1)))
         if peer not in self.shunned:
             for index in have.copy():
@@ -114,7 +114,7 @@ class AnyHistory(RuleBasedStateMachine):
                     have.discard(index)
             self.have[peer] = have
             self.asked.setdefault(peer, [])
-        self.step(Joined(peer, bitmap(have, len(self.lengths))))
+        self.step(Joined(peer, bitmap(have, len(self.lengths)), near))
 
     @rule(data=st.data(), peer=st.sampled_from(PEERS))
     def tells(self, data, peer):

@@ -71,6 +71,7 @@ class Pipe:
 
     sender: Node
     receiver: Node
+    slots: Slots[Pipe]
     asks: Asks | None = None
     """What the receiver wants of the sender."""
     queue: deque[int] = attrs.Factory(deque)
@@ -80,6 +81,8 @@ class Pipe:
     queued: int = 0
     """Bytes of the chunks in it."""
     flying: int = 0
+    window: int = 256 << 10
+    """Bytes that may be on their way."""
     until: float = 0.0
     """When the last thing under way is there; nothing overtakes it."""
     wakes: float = math.inf
@@ -100,7 +103,8 @@ class Node:
     """The pipe to each peer."""
     ready: dict[Pipe, None] = attrs.Factory(dict)
     """Pipes with a chunk that may go, in turn."""
-    slots: Slots[Pipe] = attrs.Factory(Slots)
+    slots: tuple[Slots[Pipe], Slots[Pipe]] = attrs.Factory(lambda: (Slots(), Slots()))
+    """Of what goes to peers that are not near, and to those that are."""
     sending: bool = False
     busy: float = 0.0
     """Seconds its uplink was in use."""
@@ -178,7 +182,8 @@ class World:
 
     def start(self, node: Node) -> None:
         node.up = True
-        node.swarm = Swarm(self.lengths, self.bitmap(node.have), random.Random(self.rng.getrandbits(64)))
+        rng = random.Random(self.rng.getrandbits(64))
+        node.swarm = Swarm(self.lengths, self.bitmap(node.have), rng, me=node.name)
         node.turns = Turns(len(self.lengths), all(node.have))
         self.step(node, Tick())
 
@@ -203,10 +208,16 @@ class World:
     def link(self, a: Node, b: Node) -> None:
         if not (a.up and b.up) or b.name in a.links:
             return
-        a.links[b.name], b.links[a.name] = Pipe(a, b), Pipe(b, a)
+        near = self.near(a, b)
+        a.links[b.name] = Pipe(a, b, a.slots[near], window=self.window)
+        b.links[a.name] = Pipe(b, a, b.slots[near], window=self.window)
         for one, other in ((a, b), (b, a)):
             claims = bytearray(b"\1" * len(self.lengths)) if other.nature.claims_all else other.have
             self.say(other.links[one.name], self.hear, one, Joined(other.name, self.bitmap(claims)))
+
+    def near(self, a: Node, b: Node) -> bool:
+        """Whether bytes between the two pass no line that others share."""
+        return False
 
     def unlink(self, a: Node, b: Node) -> None:
         if b.name not in a.links:
@@ -217,8 +228,8 @@ class World:
             if pipe.asks is not None:
                 pipe.asks.leave()
             one.ready.pop(pipe, None)
-            one.slots.leave(pipe)
-            self.go_on(one.slots.first(self.now))
+            pipe.slots.leave(pipe)
+            self.go_on(pipe.slots.first(self.now))
             self.step(one, Left(other.name))
 
     def crash(self, node: Node, back_after: float) -> None:
@@ -348,7 +359,7 @@ class World:
             for place, index in enumerate(wanted, 1):  # behind the one that is under way
                 pipe.queue.insert(place, index)
                 pipe.queued += self.lengths[index]
-            pipe.sender.slots.update(pipe, pipe.queued, self.now)
+            pipe.slots.update(pipe, pipe.queued, self.now)
         else:
             pipe.asks.ask(wanted)
         self.fill(pipe)
@@ -362,7 +373,7 @@ class World:
         asks = pipe.asks
         if asks is None or not pipe.live:
             return
-        slots = pipe.sender.slots
+        slots = pipe.slots
         while pipe.queued < self.commit and asks.due <= self.now:
             if not slots.may(pipe, self.now):
                 self.rouse(pipe, self.now + STUCK)
@@ -377,7 +388,7 @@ class World:
             self.rouse(pipe, asks.due)
             slots.pause(pipe)
             self.go_on(slots.first(self.now))
-        if pipe.queue and pipe.flying < self.window:
+        if pipe.queue and pipe.flying < pipe.window:
             pipe.sender.ready.setdefault(pipe)
             self.pump(pipe.sender)
 
@@ -399,7 +410,10 @@ class World:
         """Send a chunk, of each ready pipe in turn."""
         if node.sending or not node.ready:
             return
-        pipe = next(iter(node.ready))
+        self.emit(next(iter(node.ready)))
+
+    def emit(self, pipe: Pipe) -> None:
+        node = pipe.sender
         node.sending = True
         seconds = self.lengths[pipe.queue[0]] / node.nature.up
         node.busy += seconds
@@ -409,23 +423,27 @@ class World:
         node = pipe.sender
         node.sending = False
         if pipe.live:
-            receiver = pipe.receiver
             node.ready.pop(pipe)
             index = pipe.queue.popleft()
             size = self.lengths[index]
             pipe.queued -= size
-            node.slots.update(pipe, pipe.queued, self.now)
+            pipe.slots.update(pipe, pipe.queued, self.now)
             pipe.flying += size
             node.sent += size
             good = not node.nature.lies or self.rng.random() >= node.nature.lies
-            free = max(self.now + node.nature.latency + receiver.nature.latency, receiver.down_free)
-            receiver.down_free = free + size / receiver.nature.down
-            self.at(self.there(pipe, receiver.down_free), self.arrived, pipe, index, good)
+            self.land(pipe, index, good)
             notes, pipe.notes = pipe.notes, []
             for do, args in notes:
                 self.carry(pipe, do, args)
             self.fill(pipe)
         self.pump(node)
+
+    def land(self, pipe: Pipe, index: int, good: bool) -> None:
+        """A chunk that has left gets to the receiver's downlink."""
+        receiver = pipe.receiver
+        free = max(self.now + pipe.sender.nature.latency + receiver.nature.latency, receiver.down_free)
+        receiver.down_free = free + self.lengths[index] / receiver.nature.down
+        self.at(self.there(pipe, receiver.down_free), self.arrived, pipe, index, good)
 
     def arrived(self, pipe: Pipe, index: int, good: bool) -> None:
         node, sender, size = pipe.receiver, pipe.sender.name, self.lengths[index]
