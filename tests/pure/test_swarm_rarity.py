@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
@@ -70,3 +71,17 @@ def test_counts_and_floors_are_those_of_plain_counting(seed):
         assert found == {i for i in able if counts[i] == least and i // BLOCK == block}
         for number in range(len(full)):
             assert useful >> number & 1 or not have[number] & rarity.wanted[number]
+
+
+def test_what_nobody_has_is_no_list_of_numbers():
+    """100 GiB full of data, and no peer: who looks every second takes bits, not 16 MiB."""
+    count = 409_600
+    rarity = Rarity(count, b"\x01")
+    tracemalloc.start()
+    try:
+        some = IndexSet(rarity.lost())
+        assert len(some) == sum(1 for _ in some) == count - 1
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < count
