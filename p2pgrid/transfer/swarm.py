@@ -671,7 +671,7 @@ class Swarm:
 
     def _pays(self, remaining: float, cost: float) -> bool:
         """Whether to have in `cost` seconds what would be here in `remaining`: it may have left already."""
-        return remaining > 2 * cost and not remaining - cost < self._typical < math.inf
+        return remaining > 2 * cost and not remaining - cost < 2 * self._typical < math.inf
 
     def _expected(self, peer: Partner, size: int) -> float:
         """Seconds until `size` bytes would be here from `peer`; what is usual, until it has shown."""
