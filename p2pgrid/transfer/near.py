@@ -97,6 +97,6 @@ class Near:
 
 def _counts(peer: Partner, fastest: float, now: float) -> bool:
     """Whether it answers, and keeps up: with room for more, it brings all that it is asked for."""
-    if not peer.near or peer.stalls or (peer.asks and now - peer.since > QUIET):
+    if not peer.near or peer.stalls or peer.rests_until > now or (peer.asks and now - peer.since > QUIET):
         return False
     return peer.room or not peer.pace.rate or peer.pace.rate * SLOWER >= fastest

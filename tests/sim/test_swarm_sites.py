@@ -49,7 +49,7 @@ def test_neighbours_who_claim_all_and_never_answer_hold_nobody_up(seed):
         world.at(0.0, world.arrive, mute, world.origin)
     last = world.play()
     print(f"seed {seed}: {world}")
-    assert last < 3 * world.ideal() + 3
+    assert last < 2.5 * world.ideal() + 2
 
 
 @each_seed
