@@ -179,7 +179,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.urgent |= set(needed)
         self.step(Urgent(needed))
         for index in (self.urgent - self.held) & set(range(len(self.lengths))):
-            able = [self.swarm._peers[p] for p, have in self.have.items() if index in have]
+            able = [self.swarm._book.peers[p] for p, have in self.have.items() if index in have]
             answering = [p for p in able if p.pace.rate and not p.stalls]
             assert not answering or any(index in self.asked[p] for p in self.have)
 
