@@ -5,9 +5,12 @@ share.  What a near peer has is asked there.  What none has, one of the site ask
 the others have it from that one, without a word about who:
 
     index        0-7   8-15  16-23  24-31  32-39 …     in runs of a byte of a bitmap
-    asked by     ann   bob   cyd    ann    bob         all of the site that bring something, by their names
+    ann draws     71    15     33     80      9        they follow from the name, so that all know them
+    bob draws     20    62     41     12     50
+    asked by     ann   bob    bob    ann    bob        whoever drew the highest, of those who bring something
 
-Their views may differ for a moment; then a chunk comes twice, or waits.  So that nobody waits for ever, who
+(Thaler and Ravishankar, 1998.)  Where two know not quite the same neighbours they still agree on nearly all
+runs; on the others a chunk comes twice, or waits.  So that nobody waits for ever, who
 brings no news for `NEWS`, or nothing of what it is asked for within `QUIET`, does not count, nor does who
 has more to do than it can and is slower than a `SLOWER`th of the fastest across the line; and who has
 nothing left of its own share helps with that of the others, one chunk at a time.
@@ -15,7 +18,10 @@ nothing left of its own share helps with that of the others, one chunk at a time
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
+import struct
 from collections.abc import Collection
 
 from p2pgrid.ids import PeerId
@@ -29,6 +35,11 @@ QUIET = 1.0
 """Seconds without a chunk after which a near peer that is asked for some does not count."""
 LOOK = 1.0
 """Seconds between two looks at who counts."""
+
+
+RUNS = 1024
+"""Runs that are divided; more than that go round."""
+NONE = (0,) * RUNS
 
 
 class Near:
@@ -86,13 +97,20 @@ class Near:
         for peer in self._counted:
             have = [a | b for a, b in zip(have, peer.have, strict=True)]
         self.lacking = [((1 << BLOCK) - 1) & ~bits for bits in have]
-        everybody = sorted([*self._site, self._me])
-        before, after = everybody.index(self._me), len(everybody) - 1
-        turn = bytes(before) + b"\xff" + bytes(after - before)
-        mine = int.from_bytes(turn * -(-size * BLOCK // 8 // len(turn)), "little")
+        runs = bytes(
+            255 if mine > most else 0
+            for mine, most in zip(draws(self._me), map(max, NONE, NONE, *map(draws, self._site)), strict=True)
+        )
+        mine = int.from_bytes(runs * -(-size * BLOCK // 8 // RUNS), "little")
         self.share = [
             mine >> block * BLOCK & ((1 << BLOCK) - 1) & bits for block, bits in enumerate(self.lacking)
         ]
+
+
+@functools.lru_cache(maxsize=1024)
+def draws(peer: PeerId) -> tuple[int, ...]:
+    """A number for each run, by which `peer` has it if nobody draws a higher one."""
+    return struct.unpack(f">{RUNS}I", hashlib.shake_128(peer.encode()).digest(4 * RUNS))
 
 
 def _counts(peer: Partner, fastest: float, now: float) -> bool:
