@@ -50,9 +50,10 @@ class Marks:
         self.count = self._have_int().bit_count()
 
     @staticmethod
-    def create(folder: Path, bits: bytes) -> None:
-        """Write the bits of a new pack; frames that are here already have been synced."""
-        for name, data in (("have", bits), ("durable", bits), ("boot", boot_id().encode())):
+    def create(folder: Path, bits: bytes, durable: bytes | None = None) -> None:
+        """Write the bits of a new pack; those in `durable` were synced, if that is given."""
+        synced = bits if durable is None else durable
+        for name, data in (("have", bits), ("durable", synced), ("boot", boot_id().encode())):
             replace(folder / name, data, folder)
 
     def holds(self, index: int) -> bool:
@@ -61,6 +62,11 @@ class Marks:
     def have(self) -> bytes:
         with self._lock:
             return bytes(self._have)
+
+    def cut(self, count: int) -> tuple[bytes, bytes]:
+        """Which of the first `count` frames are here, and which of them were synced."""
+        with self._lock:
+            return bytes(self._have[: -(-count // 8)]), bytes(self._durable[: -(-count // 8)])
 
     def unsynced(self) -> list[int]:
         """Indices that a power cut would put in doubt."""

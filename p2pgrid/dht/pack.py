@@ -129,6 +129,15 @@ class Frames:
         """Where each frame starts in the pack file, and at the end the file's size."""
         return self._offsets
 
+    def extend(self, lengths: array[int], digests: bytes) -> None:
+        """There are more, of a pack that is still being pressed; others may read meanwhile."""
+        assert isinstance(self.digests, Digests)
+        ends = itertools.accumulate(lengths, initial=self._offsets[-1])
+        next(ends)
+        self._offsets.extend(ends)
+        self.digests.packed += digests
+        self.lengths.extend(lengths)  # last: it says how many there are
+
 
 def encode_frames(lengths: Sequence[int], digests: Sequence[bytes]) -> bytes:
     """One page of a pack; of a delta, with an empty digest for each length 0."""

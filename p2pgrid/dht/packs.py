@@ -10,6 +10,8 @@ through it: so a disk may be removed and what builds on it stays whole.
 The parent of a delta is found *by content*: any complete full pack of it, whoever signed it.
 Where there is none, the delta's own `base` is begun.  One that was convicted meanwhile is exchanged
 for another.
+
+A pack that goes on from drafts which were followed here (`growing.py`) takes over their folder.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import attrs
 
 from p2pgrid.dht.delta_shelf import DeltaShelf
 from p2pgrid.dht.files import explained, replace, sync_folder
+from p2pgrid.dht.growing import Drafts, GrowingShelf
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     Content,
@@ -66,13 +69,20 @@ class Packs:
     """
 
     def __init__(
-        self, folder: Path, scratch: Path, room: Room, objects: Objects, lock: threading.RLock
+        self,
+        folder: Path,
+        scratch: Path,
+        room: Room,
+        objects: Objects,
+        lock: threading.RLock,
+        drafts: Drafts,
     ) -> None:
         self._folder = folder
         self._scratch = scratch
         self._room = room
         self._objects = objects
         self._lock = lock
+        self._drafts = drafts
         self._shelves: dict[Cid, Shelf] = {}
         self._users: Counter[Cid] = Counter()
         """How many data and deltas need each pack."""
@@ -162,7 +172,10 @@ class Packs:
         return self.shelf(told.pack) or self._laid(told, parent, staged)
 
     def _laid(self, told: Told, parent: Shelf | None, staged: Path | None) -> Shelf:
-        if staged is None:
+        growing = self._drafts.of(told.signer, told.frames) if staged is None and parent is None else None
+        if growing is not None:
+            self._promote(growing, told)
+        elif staged is None:
             with self.staging() as empty:
                 self._install(empty, told, full=False)
         else:
@@ -214,6 +227,25 @@ class Packs:
         except BaseException:
             self._room.forget_pack(told.pack)
             raise
+        sync_folder(self._folder)
+
+    def _promote(self, growing: GrowingShelf, told: Told) -> None:
+        """Take room for what the pack has beyond its draft, whose folder becomes the pack's."""
+        size, folder = sum(told.frames.lengths), self._at(told.pack)
+        with explained(growing.folder):
+            written = (growing.folder / "frames").stat().st_blocks * 512
+        take = self._room.take_pack
+        self._room.forget_pack(growing.pack)
+        try:
+            self._objects.relieved(lambda: take(told.pack, folder / "frames", size, min(written, size)))
+            growing.become(told.frames)
+            with explained(folder):
+                os.rename(growing.folder, folder)
+        except BaseException:
+            self._room.forget_pack(told.pack)
+            self._drafts.drop(growing.pack)
+            raise
+        self._drafts.forget(growing.pack)
         sync_folder(self._folder)
 
     def keep_beside(self, shelf: Shelf, name: str, save: Callable[[Path], None]) -> None:

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import attrs
 from nacl.signing import SigningKey
@@ -71,6 +71,16 @@ good until it returns."""
 Seal = Callable[[Cid, Sequence[int], Sequence[bytes]], Cid]
 """(content, lengths, digests of the frames by index): put the objects that list the frames.  An empty
 frame has an empty digest."""
+
+
+class Growth(Protocol):
+    """Who wants to know of frames before the last one is made (`drafting.py`)."""
+
+    def wrote(
+        self, folder: Path, lengths: Sequence[int], digests: bytearray, size: int, absent: Container[int]
+    ) -> None:
+        """So many bytes of frames lie in `folder`, but for those that are `absent` as yet."""
+        ...
 
 
 @attrs.frozen
@@ -122,10 +132,11 @@ def press(
     coding: Coding,
     staged: Path,
     progress: Progress | None = None,
+    growth: Growth | None = None,
 ) -> Pressed:
     """Press the chunks at `positions` (ascending) of a space of `size` bytes; the rest is holes."""
     threads = min(len(os.sched_getaffinity(0)), THREADS_MAX)
-    sheet = _Sheet(store, size, coding, staged, progress)
+    sheet = _Sheet(store, size, coding, staged, progress, growth)
     bench = _Bench(size, read, coding, sheet.names.by_name)
     pool = ThreadPoolExecutor(threads, "press")
     try:
@@ -253,7 +264,13 @@ class _Sheet:
     """The names, lengths and digests so far, and the file of frames that grows with them."""
 
     def __init__(
-        self, store: Store, size: int, coding: Coding, staged: Path, progress: Progress | None
+        self,
+        store: Store,
+        size: int,
+        coding: Coding,
+        staged: Path,
+        progress: Progress | None,
+        growth: Growth | None,
     ) -> None:
         self.names = Places()
         self._store = store
@@ -262,6 +279,7 @@ class _Sheet:
         self._staged = staged
         self._path = staged / "frames"
         self._tell = progress or (lambda done, total: None)
+        self._growth = growth
         self._unique_bytes = 0
         self._lengths = array("I")
         self._digests = bytearray()
@@ -269,6 +287,8 @@ class _Sheet:
         self._open_from: list[Shelf] = []  # of each place that is left open: who has its frame,
         self._open_place = array("I")  # at which index,
         self._open_at = array("Q")  # and where it goes
+        self._absent: set[int] = set()
+        """The indices of those places."""
         self._syncing = ThreadPoolExecutor(1, "sync")
         self._synced = 0
         self._sync: Future[None] | None = None
@@ -293,6 +313,8 @@ class _Sheet:
                 self._unique_bytes += piece.length
                 self._append(piece.frame)
         self._start_sync()
+        if self._growth is not None:
+            self._growth.wrote(self._staged, self._lengths, self._digests, self._offset, self._absent)
         last = pieces[-1]
         self._tell(last.position * CHUNK_SIZE + last.length, self._size)
 
@@ -322,6 +344,7 @@ class _Sheet:
                 self._open_from.append(shelf)
                 self._open_place.append(place)
                 self._open_at.append(self._offset)
+                self._absent.add(len(self._lengths))
             case None:
                 raise AssertionError("the first of equal chunks has a frame")
         self._lengths.append(length)

@@ -13,7 +13,7 @@ import stat
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -21,6 +21,8 @@ from nacl.signing import SigningKey
 
 from p2pgrid.dht.again import known_in, same_coding
 from p2pgrid.dht.chunker import positions
+from p2pgrid.dht.draft import MOST_MAX
+from p2pgrid.dht.drafting import Drafting, Grown
 from p2pgrid.dht.files import explained
 from p2pgrid.dht.image import Image, open_image
 from p2pgrid.dht.lineage import LOST, NotLike, Parent, as_parent, delta_coding, find_parent
@@ -92,6 +94,7 @@ def publish_disk(
     *,
     skip_free: bool = False,
     parent: Cid | Auto | None = AUTO,
+    told: Callable[[Grown], None] | None = None,
 ) -> Published:
     """Put the disk image at `path`, signed with `key`.
 
@@ -100,6 +103,9 @@ def publish_disk(
 
     `skip_free` leaves out what the guest's ext4 file systems have freed: those blocks read as
     zeros, and the container file itself is not kept.
+
+    `told` is called with the drafts of a new pack while it is pressed: others may fetch what there is of
+    it from here until this returns.
 
     Raises `ImageRefused` or `Misused` for what is no image of ours or changes while it is
     read, `NoSpace` above the quota.
@@ -111,7 +117,7 @@ def publish_disk(
         with contextlib.ExitStack() as stack:
             aside = stack.enter_context(store.staging())
             count = _write_pages(store, image, aside)  # first: what cannot travel is not pressed
-            pressed, upon = _press_disk(store, image, key, progress, parent, stack)
+            pressed, upon = _press_disk(store, image, key, progress, parent, stack, told)
             image.check_unchanged()
             pages = tuple(store.put_object((aside / str(n)).read_bytes()) for n in range(count))
             recipe = Recipe(image.format, image.exact, image.file_size, pages, image.freed)
@@ -135,13 +141,14 @@ def _press_disk(
     progress: Progress | None,
     wanted: Cid | Auto | None,
     stack: contextlib.ExitStack,
+    told: Callable[[Grown], None] | None,
 ) -> tuple[Pressed, Shelf | None]:
     """The disk's pack or delta, in a folder that lasts as long as `stack`; and the pack it is told by."""
     places = array("I", positions(image.size, image.extents()))
 
-    def pressed(coding: Coding) -> Pressed:
+    def pressed(coding: Coding, drafting: Drafting | None = None) -> Pressed:
         staged = stack.enter_context(store.staging())
-        return press(store, image.size, places, image.read_into, coding, staged, progress)
+        return press(store, image.size, places, image.read_into, coding, staged, progress, drafting)
 
     def fits(shelf: Shelf) -> bool:
         upon = None if shelf.parent is None else shelf.parent.layout.cid
@@ -161,7 +168,11 @@ def _press_disk(
                 return attrs.evolve(done, wire_bytes=parent.shelf.size), None
             if parent.worth(done):
                 return done, parent.shelf
-    return pressed(full_coding(store, key)), None
+    if told is None or len(places) > MOST_MAX:
+        return pressed(full_coding(store, key)), None
+    drafting = Drafting(store, key, len(places), told)
+    stack.callback(drafting.close)
+    return pressed(full_coding(store, key), drafting), None
 
 
 def _parent(

@@ -57,6 +57,12 @@ class Room:
             self.check(size, written)
             self.count_pack(pack, frames, size)
 
+    def grow_pack(self, pack: Cid, frames: Path, size: int) -> None:
+        """Count a pack as `size` bytes that was counted as fewer.  Raises `NoSpace`."""
+        with self._lock:
+            self.check(size - self._packs.get(pack, 0))
+            self.count_pack(pack, frames, size)
+
     def count(self, count: int) -> None:
         """Count bytes that are here whatever is allowed; negative when they have gone."""
         with self._lock:

@@ -43,8 +43,18 @@ CACHE_CHUNKS = 64
 class Shelf:
     """One pack's frames.  Thread-safe; `Store` makes and closes it."""
 
-    def __init__(self, folder: Path, pack: Cid, layout: Layout, frames: Frames, signer: bytes) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pack: Cid,
+        layout: Layout,
+        frames: Frames,
+        signer: bytes,
+        places: int | None = None,
+    ) -> None:
         assert len(layout.frames) == len(frames.lengths)
+        self.places = len(frames.lengths) if places is None else places
+        """Indices that there are, or may be once it has grown (`growing.py`)."""
         self.pack = pack
         self.layout = layout
         self.frames = frames
@@ -63,7 +73,7 @@ class Shelf:
         self._plain: OrderedDict[int, bytes] = OrderedDict()
         self._plain_lock = threading.Lock()
         self._convicted = (folder / "convicted").exists()
-        self._marks = Marks(folder, len(frames.lengths), self._sound)
+        self._marks = Marks(folder, self.places, self._sound)
         self._unsynced = sum(frames.lengths[i] for i in self._marks.unsynced())
 
     @staticmethod
@@ -92,6 +102,11 @@ class Shelf:
     def complete(self) -> bool:
         """Whether every read will find what it needs."""
         return self.count == len(self.frames.lengths) and not self._convicted
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing comes in here any more that others could have first."""
+        return self.complete
 
     @property
     def convicted(self) -> bool:

@@ -28,6 +28,7 @@ from typing import Self
 import attrs
 
 from p2pgrid.dht.files import explained, opened, replace, sync_folder
+from p2pgrid.dht.growing import Drafts
 from p2pgrid.dht.manifest import Delta, Tree, decode_datum
 from p2pgrid.dht.objects import Objects
 from p2pgrid.dht.packs import Packs, Told, discard, remove
@@ -85,7 +86,9 @@ class Store:
         self._lock_fd = _locked(root / "lock")
         try:
             self._objects = Objects(root / "objects", self._tmp, self._room, self._base)
-            self._packs = Packs(root / "packs", self._tmp, self._room, self._objects, self._lock)
+            self.drafts = Drafts(self._tmp, self._room, self._lock)
+            """What is known of packs that are still being pressed, here or elsewhere (`growing.py`)."""
+            self._packs = Packs(root / "packs", self._tmp, self._room, self._objects, self._lock, self.drafts)
             self._sweep()
         except BaseException:
             os.close(self._lock_fd)
@@ -110,6 +113,7 @@ class Store:
             finally:
                 for shelf in self._packs.loaded():
                     shelf.let_go()
+                self.drafts.let_go()
                 os.close(self._lock_fd)
                 self._lock_fd = -1
 
@@ -138,7 +142,8 @@ class Store:
 
     def get_object(self, cid: Cid) -> bytes:
         """The object's bytes, verified.  Raises `NotFound`; one that has rotted is removed."""
-        return self._objects.get(cid)
+        told = self.drafts.object(cid)
+        return self._objects.get(cid) if told is None else told
 
     def has_object(self, cid: Cid) -> bool:
         return self._objects.has(cid)
@@ -178,8 +183,8 @@ class Store:
         return shelf
 
     def shelf(self, pack: Cid) -> Shelf | None:
-        """The frames of `pack`, if any datum here began it."""
-        return self._packs.shelf(pack)
+        """The frames of `pack`, if any datum here began it, or of a series of drafts."""
+        return self.drafts.get(pack) or self._packs.shelf(pack)
 
     def shelves(self) -> list[Shelf]:
         """All packs that are here, in part or whole."""
@@ -201,6 +206,11 @@ class Store:
                 found.append(Held(datum, shelf.layout.cid, pack, chunks, total, size))
         return found
 
+    def begun(self, datum: Cid) -> bool:
+        """Whether room was made for it."""
+        with self._lock:
+            return datum in self._begun
+
     def complete(self, datum: Cid) -> bool:
         """Whether every chunk of `datum` is here; looks at nothing else."""
         with self._lock:
@@ -209,7 +219,13 @@ class Store:
         return shelf is not None and shelf.complete
 
     def drop(self, datum: Cid) -> None:
-        """Forget `datum`, and remove what no other datum here needs.  Raises `NotFound`."""
+        """Forget `datum`, and remove what no other datum here needs; or a series of drafts.
+
+        Raises `NotFound`.
+        """
+        if self.drafts.get(datum) is not None:
+            self.drafts.drop(datum)
+            return
         with self._lock:
             pack = self._begun.pop(datum, None)
             if pack is None:

@@ -9,6 +9,7 @@ import pytest
 from nacl.signing import SigningKey
 
 from p2pgrid.dht.delta import DICT_MAX, delta_refs, encode_delta, expand_delta, gather
+from p2pgrid.dht.draft import LISTS_MAX, MOST_MAX, Draft, going_on, read_list
 from p2pgrid.dht.frame import expand
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
@@ -76,8 +77,9 @@ TOLD = bytes.fromhex("010000") + FRAMES[1]
 
 
 def test_every_kind_has_a_vector_and_its_name_holds():
-    kinds = {"content", "page", "pack", "frames", "delta", "recipe", "segments", "disk", "tree"}
-    assert VECTORS.keys() == kinds | {"frames of the delta", "recipe of a disk without what was freed"}
+    kinds = {"content", "page", "pack", "frames", "delta", "recipe", "segments", "disk", "tree", "draft"}
+    others = {"frames of the delta", "recipe of a disk without what was freed", "first draft"}
+    assert VECTORS.keys() == kinds | others
     for cid, data in VECTORS.values():
         assert verified(cid, data) == data
 
@@ -97,6 +99,8 @@ def test_writing_gives_the_bytes_on_the_page():
         "disk": signed(Disk(link("content"), link("pack"), link("recipe"), b""), KEY).encode(),
         "tree": signed(Tree((File("a/big", 2 * CHUNK_SIZE, False), File("run.sh", 8, True)),
                             link("content"), link("pack"), b""), KEY).encode(),
+        "first draft": signed(Draft(None, bytes(range(32)), 3, 0, (), b""), KEY).encode(),
+        "draft": signed(Draft(link("first draft"), b"", 3, 2, (link("frames"),), b""), KEY).encode(),
     }  # fmt: skip
     assert {kind: data.hex() for kind, data in made.items()} == {k: d.hex() for k, (_, d) in VECTORS.items()}
 
@@ -115,6 +119,11 @@ def test_reading_gives_what_the_page_says():
     assert tuple(told.lengths) == (0, len(TOLD))
     assert tuple(told.digests) == (b"", digest(TOLD))
     assert Pack.decode(PARENT[3]).content == delta.parent
+    first = Draft.decode(OBJECTS[link("first draft")])
+    draft = going_on(link("first draft"), first, OBJECTS[link("draft")])
+    assert draft is not None
+    lengths, digests = read_list(OBJECTS[draft.lists[0]])
+    assert (lengths, digests) == (frames.lengths, b"".join(frames.digests))
     recipe = Recipe.decode(OBJECTS[disk.recipe])
     assert decode_segments(OBJECTS[recipe.pages[0]]) == [Literal(b"head"), Guest(0, SIZE), Zeros(500)]
     assert Tree.decode(OBJECTS[link("tree")]).files[1] == File("run.sh", 8, True)
@@ -184,6 +193,8 @@ def test_what_the_page_refuses_is_refused(data, why):
         Content.decode(bytes.fromhex(data))
 
 
-@pytest.mark.parametrize("bound", [CHUNK_SIZE, PAGE_SPAN, OBJECT_MAX, FRAME_MAX, LITERAL_MAX, DICT_MAX])
+@pytest.mark.parametrize(
+    "bound", [CHUNK_SIZE, PAGE_SPAN, OBJECT_MAX, FRAME_MAX, LITERAL_MAX, DICT_MAX, MOST_MAX, LISTS_MAX]
+)
 def test_the_bounds_on_the_page_are_ours(bound):
     assert str(bound) in PAGE.replace(",", "")

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from p2pgrid.dht.draft import Draft
+from p2pgrid.dht.manifest import encode_frames, signed
 from p2pgrid.dht.publish import publish_disk
 from p2pgrid.dht.store import Store
-from p2pgrid.ids import Cid
+from p2pgrid.ids import Cid, digest, object_cid
 from tests.small_disks import KEY, SmallDisk, changed, chunk, small_delta, small_disk
 
 KILLS = 30
@@ -31,6 +33,7 @@ def main() -> None:
         "put": lambda: kill_while_putting(root, small_disk([-1 - i for i in range(150)])),
         "put a delta": lambda: kill_while_putting(root, a_delta(), a_parent()),
         "publish": lambda: kill_at_every_step(root, None),
+        "promote": lambda: kill_while_promoting(root),
         "publish a delta": lambda: kill_at_every_step(root, small_disk([1, 2, 0, 7, 2, 4], tail=1024)),
     }[what]()
 
@@ -187,12 +190,69 @@ def kill_at_every_step(root: Path, parent: SmallDisk | None) -> None:
     print(f"ended at each of {steps} steps: all or nothing")
 
 
+# --- a pack that takes a draft over -------------------------------------------------------
+
+
+def kill_while_promoting(root: Path) -> None:
+    """End the process just before its n-th step from the first draft to the pack, for every n."""
+    disk = small_disk([1, 2, 0, 3, 2, 4], tail=1024)
+    steps = 0
+    with Store(root, min_free=0):
+        before = files(root)
+    while True:
+        child = forked(partial(promote_until, root, disk, steps))
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        with Store(root, min_free=0) as store:
+            assert not list((root / "tmp").iterdir())
+            assert store.drafts.followed() == []
+            held = store.held()
+            if held:
+                shelf = store.shelf(disk.pack)
+                assert shelf is not None
+                assert [shelf.holds(i) for i in range(len(disk.frames))] == [True, True, False, False]
+                assert shelf.verify() == []
+                store.drop(disk.datum)
+            # A few objects that were put and not begun may stay; an opened store counts and clears them.
+            assert not list(root.glob("packs/*"))
+        with Store(root, min_free=0):
+            assert files(root) == before, f"step {steps} left {files(root) ^ before}"
+        if code == 0:
+            assert held
+            break
+        assert code == 9, f"the child failed at step {steps}"
+        steps += 1
+    assert steps > 30, "the steps were not counted"
+    print(f"ended at each of {steps} steps: all or nothing")
+
+
+def promote_until(root: Path, disk: SmallDisk, steps: int) -> None:
+    first = signed(Draft(None, bytes(32), 6, 0, (), b""), KEY).encode()
+    listed = encode_frames([len(f) for f in disk.frames[:3]], [digest(f) for f in disk.frames[:3]])
+    count_steps(steps)
+    with Store(root, min_free=0) as store:
+        growing = store.drafts.begin(first)
+        later = signed(Draft(growing.pack, b"", 6, 3, (object_cid(listed),), b""), KEY)
+        store.drafts.extend(growing.pack, later.encode(), {object_cid(listed): listed})
+        for index in (0, 1):
+            growing.put_frame(index, disk.frames[index])
+        disk.put_objects(store)
+        store.begin(disk.datum)
+
+
 def files(root: Path) -> set[Path]:
     """What is kept, but for what may be made again at any time."""
     return {p for p in root.rglob("*") if p.is_file() and p.name not in ("lock", "likeness")}
 
 
 def put_until(root: Path, image: Path, upon: Cid | None, steps: int) -> None:
+    count_steps(steps)
+    with Store(root, min_free=0) as store:
+        publish_disk(store, image, KEY, parent=upon)
+
+
+def count_steps(steps: int) -> None:
+    """End the process before it takes one step more to the disk than these."""
     left = steps
     lock = threading.Lock()
 
@@ -209,8 +269,6 @@ def put_until(root: Path, image: Path, upon: Cid | None, steps: int) -> None:
 
     for name in ("pwrite", "fsync", "fdatasync", "rename", "ftruncate", "unlink", "mkdir", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
-    with Store(root, min_free=0) as store:
-        publish_disk(store, image, KEY, parent=upon)
 
 
 if __name__ == "__main__":
