@@ -34,6 +34,7 @@ class Book:
         self.rng = rng
         self._patience = patience
         self.rarity = Rarity(len(lengths), have)
+        self._me = me
         self.near = Near(me, len(lengths))
         self.peers: dict[PeerId, Partner] = {}
         self.asked: dict[int, list[Partner]] = {}
@@ -48,12 +49,24 @@ class Book:
         """How many idle peers are asked for it, too."""
         self.doubled = 0
         """Bytes of them, those that are here by now included."""
-        self.doubled_max = max(int(DUPLICATES * sum(lengths)), 4 * max(lengths, default=0))
+        self.doubled_max = _doubled_max(lengths)
         self.typical = math.inf
         """Seconds from an ask to its chunk, over all peers."""
         self.effects: list[Effect] = []
         """Of this step."""
         self.now = -math.inf
+
+    def extend(self, lengths: Sequence[int]) -> None:
+        """There are more chunks, which nobody has as far as we know."""
+        self.lengths = (*self.lengths, *lengths)
+        self.doubled_max = _doubled_max(self.lengths)
+        for block, bits in enumerate(self.rarity.grow(len(self.lengths))):
+            if bits:
+                self.released |= 1 << block
+        for peer in self.peers.values():
+            peer.have += [0] * (-(-len(self.lengths) // BLOCK) - len(peer.have))
+            peer.whole = False
+        self.near = Near(self._me, len(self.lengths))
 
     def count(self, peer: Partner) -> None:
         """Count what an answering peer has."""
@@ -117,3 +130,8 @@ class Book:
         if peer.pace.rate:
             return peer.pace.expected(size)
         return self.typical if self.typical < math.inf else USUAL
+
+
+def _doubled_max(lengths: Sequence[int]) -> int:
+    """Bytes that may be asked of two peers at once."""
+    return max(int(DUPLICATES * sum(lengths)), 4 * max(lengths, default=0))

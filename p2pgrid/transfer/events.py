@@ -77,7 +77,14 @@ class Urgent:
     indices: Sequence[int]
 
 
-Event = Joined | Told | Left | Arrived | Rejected | Refused | Held | Urgent | Tick
+@attrs.frozen
+class Extended:
+    """There are more chunks than was known: their lengths; everybody tells anew what it has."""
+
+    lengths: Sequence[int]
+
+
+Event = Joined | Told | Left | Arrived | Rejected | Refused | Held | Urgent | Extended | Tick
 
 
 @attrs.frozen

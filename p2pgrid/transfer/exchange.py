@@ -17,12 +17,13 @@ import trio
 
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
-from p2pgrid.errors import Unreachable
+from p2pgrid.errors import Conflict, Unreachable
 from p2pgrid.hole_punch.bulk import Link, Links, open_links
 from p2pgrid.hole_punch.path import Address
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.net import Index, Network
 from p2pgrid.transfer.fetch import Download, Fetched
+from p2pgrid.transfer.follow import Following
 from p2pgrid.transfer.messages import ADDRESS_MAX, ADDRESSES_MAX, PEERS_MAX, Peers, encode
 from p2pgrid.transfer.progress import Progress
 from p2pgrid.transfer.seed import Audience, Seeding
@@ -98,6 +99,24 @@ class Exchange:
             del self._downloads[datum]
             done.set()
 
+    async def follow(self, series: Cid, peers: Iterable[PeerId] = ()) -> dict[PeerId, int]:
+        """Fetch what is pressed elsewhere as it grows, from its first draft on; payload bytes by peer.
+
+        It returns once `series` is here no more: its disk was begun, or somebody dropped it.  Cancelled, it
+        leaves what came.  Raises `VerificationFailed` where its signer tells two stories, `NoSpace`, and
+        `Temporary` when for an hour nothing new was told.
+        """
+        if series in self._downloads:
+            raise Conflict(what=f"{series} is followed already")
+        following, done = Following(series, self, self._rng), trio.Event()
+        following.company.hint(peers)
+        self._downloads[series] = following, done
+        try:
+            return (await following.run()).bytes_by_peer
+        finally:
+            del self._downloads[series]
+            done.set()
+
     def urge(self, datum: Cid, indices: Iterable[int]) -> None:
         """These chunks of the datum's own pack are needed before all others, if it is being fetched.
 
@@ -138,6 +157,18 @@ class Exchange:
         for download, _ in self._downloads.values():
             if download.pack == pack:
                 download.hold(indices)
+
+    def grown(self, series: Cid) -> None:
+        """Tell who follows `series` that it has grown."""
+        shelf = self.store.drafts.get(series)
+        if shelf is not None:
+            self._audience.grown(shelf)
+
+    def settle(self) -> None:
+        """End following what is not here any more."""
+        for download, _ in list(self._downloads.values()):
+            if isinstance(download, Following):
+                download.end_if_over()
 
     # --- links ------------------------------------------------------------------------------
 

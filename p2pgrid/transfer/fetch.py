@@ -97,6 +97,14 @@ class Peering(Searching, Protocol):
         """Tell who has opened `pack`, and whoever here wants it, that these are here."""
         ...
 
+    def grown(self, series: Cid) -> None:
+        """Tell who follows `series` that it has grown."""
+        ...
+
+    def settle(self) -> None:
+        """Have no series followed that is not here any more: it became a pack, or was dropped."""
+        ...
+
 
 class Download:
     """One datum being completed; a `Wanter`.  Run it once."""
@@ -237,6 +245,7 @@ class Download:
         if self._top is not None:
             return self._top
         top, parts, self._local = await trio.to_thread.run_sync(self._begun)
+        self._peering.settle()
         self._done = sum(part.held_bytes() for part in parts)
         self._total = sum(part.size for part in parts)
         self._resumed = self._done - self._local
@@ -275,7 +284,7 @@ class Download:
             self.company.gather(shelf)
             if self._urgent and shelf is top:
                 self._feed([Urgent(tuple(self._urgent))])
-            await drive(_Gathered(self._swarm), inbox, self._perform)
+            await drive(Gathered(self._swarm), inbox, self._perform)
 
     async def _keep_synced(self) -> None:
         while True:
@@ -310,8 +319,11 @@ class Download:
                 case Shun(peer, _):
                     self.company.shun(peer)
                 case Completed():
-                    assert self._inbox is not None
-                    self._inbox.close()
+                    self._completed()
+
+    def _completed(self) -> None:
+        assert self._inbox is not None
+        self._inbox.close()
 
     # --- what the last resort wants to know -------------------------------------------------
 
@@ -349,6 +361,9 @@ class Download:
     def hear_of(self, peers: tuple[tuple[PeerId, tuple[str, ...]], ...]) -> None:
         self._token.run_sync_soon(self.company.meet, peers)
 
+    def grown(self, peer: PeerId, draft: Cid) -> None:
+        """A pack does not grow: who says so is not listened to."""
+
     def _give_up(self, error: GridError) -> None:
         self._failure = self._failure or error
         self._scope.cancel()
@@ -371,22 +386,27 @@ class Download:
         while True:
             await self._reported.wait()
             self._reported, self._gathered = trio.Event(), trio.Event()
-            with self._lock:
-                reports, self._reports = self._reports, []
-            # What was under way when its pack was complete has indices of another one.
-            events = [event for shelf, event in reports if shelf is self._shelf]
-            for event in events:
-                if isinstance(event, Arrived) and not self._arrived[event.index]:
-                    self._count(event.index, event.size)
-                    self._bytes_by_peer[event.peer] = self._bytes_by_peer.get(event.peer, 0) + event.size
-                    self._fresh.append(event.index)
-                elif isinstance(event, Joined):
-                    self.company.proved(event.peer)
+            events = self._take_reports()
             if self._fresh:
                 self._freshly.set()
             self._feed(events)
             with trio.move_on_after(GATHER_FIRST if any(map(self._is_first, events)) else GATHER):
                 await self._gathered.wait()
+
+    def _take_reports(self) -> list[Event]:
+        """What links have reported of the pack since it was asked last, counted."""
+        with self._lock:
+            reports, self._reports = self._reports, []
+        # What was under way when its pack was complete has indices of another one.
+        events = [event for shelf, event in reports if shelf is self._shelf]
+        for event in events:
+            if isinstance(event, Arrived) and not self._arrived[event.index]:
+                self._count(event.index, event.size)
+                self._bytes_by_peer[event.peer] = self._bytes_by_peer.get(event.peer, 0) + event.size
+                self._fresh.append(event.index)
+            elif isinstance(event, Joined):
+                self.company.proved(event.peer)
+        return events
 
     def _is_first(self, event: Event) -> bool:
         """Whether a peer that has not shown yet what it can do has brought something, or has come."""
@@ -489,8 +509,11 @@ class _About:
     def hear_of(self, peers: tuple[tuple[PeerId, tuple[str, ...]], ...]) -> None:
         self._download.hear_of(peers)
 
+    def grown(self, peer: PeerId, draft: Cid) -> None:
+        self._download.grown(peer, draft)
 
-class _Gathered:
+
+class Gathered:
     """A swarm that takes many events in one step, and says what to do in order, each peer asked once."""
 
     def __init__(self, swarm: Swarm) -> None:

@@ -16,6 +16,7 @@ and its fields, integers big endian, CIDs in their 36-byte form:
     11 Peers     topic u16, MessagePack        others who want or have this pack: [[id, [multiaddr, …]], …]
     12 Close     topic u16                     I no longer want it
     13 Request   topic u16, index u32, …       send me these, whether I asked for them or not, before all else
+    14 Grown     topic u16, draft CID          of a series of drafts: this is the newest that I have
 
 Goals: whoever wants a pack opens it with everyone it meets, whoever has any part of it answers;
 so each pack is one conversation a direction, numbered by who wants it, and many share a link.
@@ -121,9 +122,16 @@ class Close:
     topic: int
 
 
+@attrs.frozen
+class Grown:
+    topic: int
+    draft: Cid
+
+
 Message = (
     Open | Bitfield | Have | Request | Frame | Refuse | Cancel | GetObject | Object | NoObject | Peers | Close
-)
+    | Grown
+)  # fmt: skip
 
 _TOPIC = struct.Struct(">BH")
 _INDEX = struct.Struct(">BHI")
@@ -162,6 +170,8 @@ def encode(message: Message) -> tuple[bytes, ...]:
             return (_TOPIC.pack(11, topic) + msgspec.msgpack.encode(peers),)
         case Close(topic):
             return (_TOPIC.pack(12, topic),)
+        case Grown(topic, draft):
+            return (_TOPIC.pack(14, topic) + bytes(draft),)
 
 
 def _packed(indices: Sequence[int]) -> bytes:
@@ -209,6 +219,8 @@ def _about_topic(kind: int, topic: int, rest: memoryview) -> Message:
         case 12:
             _need(len(rest) == 0, "more than a topic")
             return Close(topic)
+        case 14:
+            return Grown(topic, Cid.from_bytes(bytes(rest)))
         case _:
             raise BadFrame(why=f"a message of unknown type {kind}")
 

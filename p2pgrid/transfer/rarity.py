@@ -108,6 +108,22 @@ class Rarity:
         for block in range(len(everything)):
             self._refresh(block)
 
+    def grow(self, count: int) -> Blocks:
+        """There are `count` indices now; the new ones, which it returns, are wanted, and nobody has them."""
+        everything = blocks_of(b"\xff" * -(-count // 8), count)
+        for _ in range(len(everything) - len(self._everything)):
+            for blocks in (self._everything, self._held, self.wanted):
+                blocks.append(0)
+            self._planes.append([])
+            self._floor.append(-1)
+        fresh = [new & ~old for new, old in zip(everything, self._everything, strict=True)]
+        self._everything = everything
+        self.missing += sum(bits.bit_count() for bits in fresh)
+        for block, bits in enumerate(fresh):
+            if bits:
+                self.want(block, bits)
+        return fresh
+
     def count(self, index: int) -> int:
         """How many peers have `index`."""
         at = index % BLOCK

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import attrs
 
+from p2pgrid.dht.growing import GrowingShelf
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import BadFrame, BadObject, ChunkCorrupt, NotFound, WorldError
@@ -30,6 +31,7 @@ from p2pgrid.transfer.messages import (
     Close,
     Frame,
     GetObject,
+    Grown,
     Have,
     NoObject,
     Object,
@@ -119,11 +121,18 @@ class Audience:
         if enters:
             show(link, topic, shelf)
 
+    def grown(self, shelf: GrowingShelf) -> None:
+        """Everyone who follows the series: it has grown."""
+        for link, topic in self.of(shelf.pack):
+            link.send(*encode(Grown(topic, shelf.newest_cid)))
+
 
 def show(link: Link, topic: int, shelf: Shelf) -> None:
     bits = shelf.have()
     for start in range(0, len(bits), BITS_MAX):
         link.send(*encode(Bitfield(topic, 8 * start, bits[start : start + BITS_MAX])))
+    if isinstance(shelf, GrowingShelf) and shelf.newest_cid != shelf.pack:
+        link.send(*encode(Grown(topic, shelf.newest_cid)))
 
 
 @attrs.define
@@ -245,10 +254,10 @@ class Seeding:
         shelf = self._shelf(known.pack) if known is not None else None
         here: list[int] = []
         if known is not None and shelf is not None:
-            count = len(shelf.frames.lengths)
+            count = shelf.places
             here = [index for index in indices if index < count and shelf.holds(index)]
             if known.asks is None:
-                known.asks = self._audience.turns(known.pack, count, shelf.complete).join(self._link.peer)
+                known.asks = self._audience.turns(known.pack, count, shelf.whole).join(self._link.peer)
             if urgent:
                 known.asks.urge(here, self._audience.now())
                 self._urgent.update(((topic, index), known.pack) for index in here)

@@ -25,6 +25,7 @@ from p2pgrid.transfer.messages import (
     Close,
     Frame,
     GetObject,
+    Grown,
     Have,
     NoObject,
     Object,
@@ -53,6 +54,10 @@ class Wanter(Protocol):
 
     def hear_of(self, peers: tuple[tuple[PeerId, tuple[str, ...]], ...]) -> None: ...
 
+    def grown(self, peer: PeerId, draft: Cid) -> None:
+        """`peer` has a draft of what is wanted, perhaps a newer one."""
+        ...
+
 
 class Want:
     """What one peer is to one wanter: a topic on its link."""
@@ -62,7 +67,7 @@ class Want:
         self._topic = topic
         self._shelf = shelf
         self._wanter = wanter
-        self._count = len(shelf.frames.lengths)
+        self._count = shelf.places
         self._bits = bytearray(-(-self._count // 8))
         self._chatter = 0
         self.shown = False
@@ -95,7 +100,12 @@ class Want:
         self.closed = True
         self._link.send(*encode(Close(self._topic)))
 
-    def take(self, message: Bitfield | Have | Frame | Refuse | Peers) -> None:
+    def tell(self) -> None:
+        """Have it reported again what the peer has: there are more indices now than there were."""
+        if self.shown:
+            self._wanter.report(Joined(self.peer, bytes(self._bits), self._link.near))
+
+    def take(self, message: Bitfield | Have | Frame | Refuse | Peers | Grown) -> None:
         """In the link's thread."""
         match message:
             case Frame(_, index, data):
@@ -116,6 +126,9 @@ class Want:
             case Peers(_, peers):
                 self._listen(len(peers))
                 self._wanter.hear_of(peers)
+            case Grown(_, draft):
+                self._listen(1)
+                self._wanter.grown(self.peer, draft)
 
     def _store(self, index: int, data: bytes | memoryview) -> None:
         try:
@@ -227,7 +240,7 @@ class Session:
 
     def received(self, message: memoryview) -> None:
         match decode(message):
-            case Bitfield() | Have() | Frame() | Refuse() | Peers() as brought:
+            case Bitfield() | Have() | Frame() | Refuse() | Peers() | Grown() as brought:
                 want = self._wants.get(brought.topic)
                 if want is not None and not want.closed:  # it may have been closed while this was under way
                     want.take(brought)

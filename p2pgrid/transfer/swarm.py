@@ -39,6 +39,7 @@ from p2pgrid.transfer.events import (
     Completed,
     Effect,
     Event,
+    Extended,
     Held,
     Joined,
     Left,
@@ -52,7 +53,7 @@ from p2pgrid.transfer.events import (
 from p2pgrid.transfer.feeding import Feeding
 from p2pgrid.transfer.pace import CHUNKS_MAX, LIGHT
 from p2pgrid.transfer.partner import Partner
-from p2pgrid.transfer.rarity import BLOCK, Chance, IndexSet, blocks_of, indices
+from p2pgrid.transfer.rarity import BLOCK, Blocks, Chance, IndexSet, blocks_of, indices
 
 __all__ = [
     "Arrived",
@@ -60,6 +61,7 @@ __all__ = [
     "Completed",
     "Effect",
     "Event",
+    "Extended",
     "Held",
     "Joined",
     "Left",
@@ -168,6 +170,9 @@ class Swarm:
             case Held(held):
                 for index in held:
                     self._hold(index)
+            case Extended(lengths):
+                book.extend(lengths)
+                self._announced = self._announced and self.complete
             case Urgent(needed):
                 for index in needed:
                     if 0 <= index < len(book.lengths) and not book.rarity.holds(index):
@@ -182,6 +187,7 @@ class Swarm:
         if id_ in self._shunned:
             return
         have = blocks_of(bitmap, len(book.lengths))
+        before: Blocks = []
         peer = book.peers.get(id_)
         if peer is None:
             self._joins += 1
@@ -191,11 +197,13 @@ class Swarm:
             for index in peer.refusals:
                 if peer.hopeless(index):
                     have[index // BLOCK] &= ~(1 << index % BLOCK)
-            peer.have = have
+            before, peer.have = peer.have, have
             for index in [i for i in peer.asks if not peer.has(i)]:
                 book.withdraw(peer, index)
         peer.whole = sum(bits.bit_count() for bits in have) == len(book.lengths)
-        peer.near, peer.news = near, book.now
+        peer.near = near
+        if have != before:
+            peer.news = book.now
         book.near.changed()
         book.count(peer)
         peer.useful = (1 << len(have)) - 1
@@ -267,7 +275,8 @@ class Swarm:
 
     def _arrived(self, id_: PeerId, index: int, size: int, now: float) -> None:
         book = self._book
-        assert 0 <= index < len(book.lengths)
+        if index >= len(book.lengths):
+            return  # nobody asked for it, and it will be told when there is more
         peer = book.peers.get(id_)
         if peer is not None:
             asked_at = peer.asks.get(index)

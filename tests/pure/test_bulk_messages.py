@@ -21,6 +21,7 @@ from p2pgrid.transfer.messages import (
     Close,
     Frame,
     GetObject,
+    Grown,
     Have,
     NoObject,
     Object,
@@ -51,6 +52,7 @@ any_message = st.one_of(
     st.builds(NoObject, cids),
     st.builds(Peers, topics, peers),
     st.builds(Close, topics),
+    st.builds(Grown, topics, cids),
 )
 
 
@@ -172,6 +174,7 @@ VECTORS = {
     "NoObject": NoObject(Cid(DAG_CBOR, bytes(range(32)))),
     "Peers": Peers(1, ((PeerId("12D3"), ("/ip4/10.0.0.9/tcp/4001",)),)),
     "Close": Close(1),
+    "Grown": Grown(1, Cid(DAG_CBOR, bytes(range(32)))),
 }
 
 

@@ -18,6 +18,7 @@ from p2pgrid.transfer.swarm import (
     Arrived,
     Ask,
     Completed,
+    Extended,
     Held,
     Joined,
     Left,
@@ -122,6 +123,16 @@ class AnyHistory(RuleBasedStateMachine):
         if peer in self.have:
             self.have[peer] |= {i for i in told if self.refused.get((peer, i), 0) < REFUSALS_MAX}
         self.step(Told(peer, told))
+
+    @precondition(lambda self: len(self.lengths) < 60)
+    @rule(more=st.integers(0, 5))
+    def grows(self, more):
+        """Its drafts tell of more chunks; nobody has said yet who has them."""
+        fresh = [2000 + i for i in range(more)]
+        self.have = {peer: {i for i in have if i < len(self.lengths)} for peer, have in self.have.items()}
+        self.lengths = [*self.lengths, *fresh]
+        self.completed = self.completed if not more else 0
+        self.step(Extended(fresh))
 
     @rule(peer=st.sampled_from(PEERS))
     def leaves(self, peer):
@@ -265,6 +276,20 @@ def test_nothing_at_all_is_complete():
     swarm = Swarm([], b"", random.Random(1))
     assert swarm.step(Joined("ann", b""), 0.0) == [Completed()]
     assert list(swarm.unavailable()) == []
+
+
+def test_a_swarm_of_nothing_yet_asks_as_soon_as_there_is_something_and_says_each_time_that_it_is_whole():
+    swarm = Swarm([], b"", random.Random(1))
+    assert swarm.step(Joined("ann", b"\xff"), 0.0) == [Completed()]  # it knows more than we do
+    assert swarm.step(Extended([1000, 1000]), 0.1) == []
+    assert list(swarm.unavailable()) == [0, 1]
+    ((_, first),) = asks(swarm.step(Joined("ann", b"\xff"), 0.1))
+    ((_, second),) = asks(swarm.step(Arrived("ann", first, 1000), 0.2))
+    assert Completed() in swarm.step(Arrived("ann", second, 1000), 0.3)
+    assert swarm.step(Arrived("ann", 7, 1000), 0.3) == [], "nobody asked for it"
+    swarm.step(Extended([1000]), 0.4)
+    assert asks(swarm.step(Joined("ann", b"\xff"), 0.4)) == [("ann", 2)]
+    swarm.check()
 
 
 def test_garbage_costs_one_chunk_for_nobody_is_asked_for_two_before_one_was_good():

@@ -42,7 +42,7 @@ def test_counts_and_floors_are_those_of_plain_counting(seed):
     for _ in range(rng.randrange(1, 40)):
         block = rng.randrange(len(full))
         bits = rng.getrandbits(BLOCK) & full[block]
-        match rng.choice(["join", "join", "join", "leave", "want", "unwant"]):
+        match rng.choice(["join", "join", "join", "leave", "want", "unwant", "grow"]):
             case "join":
                 density = rng.choice([0, 1, 2])
                 have = [b & (rng.getrandbits(BLOCK) if density == 1 else -bool(density)) for b in full]
@@ -56,6 +56,14 @@ def test_counts_and_floors_are_those_of_plain_counting(seed):
                 rarity.want(block, bits)
             case "unwant":
                 rarity.unwant(block, bits)
+            case "grow":
+                more = rng.choice([0, 1, 7, BLOCK + 1]) if count < 2 * BLOCK else 0
+                count, wanted = count + more, list(rarity.wanted)
+                full = blocks_of(b"\xff" * (count // 8 + 1), count)
+                fresh = rarity.grow(count)
+                assert list(indices(fresh)) == list(range(count - more, count))
+                assert list(indices(rarity.wanted)) == [*indices(wanted), *indices(fresh)]
+                peers = [[*have, *[0] * (len(full) - len(have))] for have in peers]
     rarity.check()
     counts = [sum(p[i // BLOCK] >> i % BLOCK & 1 for p in peers) for i in range(count)]
     assert [rarity.count(i) for i in range(count)] == counts
