@@ -50,6 +50,9 @@ class Peers:
             self.bring(datum)
         return Fetched({}, 0, 0, 0.0)
 
+    def settle(self) -> None:
+        """Nothing is followed here."""
+
 
 @attrs.define
 class Calls:
@@ -81,7 +84,7 @@ class Calls:
         await trio.lowlevel.checkpoint()
         self.collected.append(task)
 
-    async def put(self, record: m.DatumRecord) -> None:
+    async def put(self, record: m.DatumRecord, draft: str | None = None) -> None:
         await trio.lowlevel.checkpoint()
         self.known.append(record)
         self.put_too(record)

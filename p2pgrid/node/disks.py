@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 
+from p2pgrid.dht.drafting import Grown
 from p2pgrid.dht.export import Exported, export_datum
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
@@ -28,6 +29,7 @@ from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import Conflict, GridError, NotAuthorised, NotFound, Refused
 from p2pgrid.ids import Cid
 from p2pgrid.node.api import Tell
+from p2pgrid.node.drafts import telling
 from p2pgrid.node.node import HINT_PATIENCE, STALL_PATIENCE, Node
 from p2pgrid.node.patience import patiently
 from p2pgrid.node.speed import Speed
@@ -125,37 +127,40 @@ async def put(node: Node, args: Args, tell: Tell) -> Any:
 
     parent = await _parent(node, args.get("parent") or "auto", tell)
 
-    async def publish() -> Published:
+    async def publish(told: Callable[[Grown], None] | None = None) -> Published:
         ticker = Ticker(tell, "cutting")
         key, skip = node.identity.signing_key, bool(args.get("skip_free"))
-        work = functools.partial(publish_disk, node.store, path, key, ticker, skip_free=skip, parent=parent)
+        work = functools.partial(
+            publish_disk, node.store, path, key, ticker, skip_free=skip, parent=parent, told=told
+        )
         published: Published = await ticker.run(work)
         return published
 
-    done = await publish()
-    disk = Disk.decode(node.store.get_object(done.datum))
-    recipe = Recipe.decode(node.store.get_object(disk.recipe))
     name = args.get("name") or path.name
-    record = m.DatumRecord(
-        datum=str(done.datum),
-        kind="disk",
-        content=str(done.content),
-        name=name,
-        format=recipe.format,
-        size=done.size,
-        unique_bytes=done.unique_bytes,
-        wire_bytes=done.wire_bytes,
-        replica=args.get("replica", 1),
-    )
-    try:
-        await patiently(lambda: node.coordinator.put(record))
-        if not node.complete(record.datum):  # dropped by an order that was given before it was put again
-            await publish()
-            await patiently(lambda: node.coordinator.put(record))
-    except (Conflict, NotAuthorised):
-        if record.datum not in before:  # nobody is to know of it, so nobody will ever drop it
-            await node.drop(record.datum)
-        raise
+    async with telling(node, args.get("replica", 1)) as drafts:
+        done = await publish(drafts.told)
+        disk = Disk.decode(node.store.get_object(done.datum))
+        recipe = Recipe.decode(node.store.get_object(disk.recipe))
+        record = m.DatumRecord(
+            datum=str(done.datum),
+            kind="disk",
+            content=str(done.content),
+            name=name,
+            format=recipe.format,
+            size=done.size,
+            unique_bytes=done.unique_bytes,
+            wire_bytes=done.wire_bytes,
+            replica=args.get("replica", 1),
+        )
+        try:
+            await patiently(lambda: node.coordinator.put(record, drafts.name))
+            if not node.complete(record.datum):  # dropped by an order that was given before it was put again
+                await publish()
+                await patiently(lambda: node.coordinator.put(record))
+        except (Conflict, NotAuthorised):
+            if record.datum not in before:  # nobody is to know of it, so nobody will ever drop it
+                await node.drop(record.datum)
+            raise
     node.announce(record.datum)
     if args.get("wait"):
         await _until_placed(node, record, tell)

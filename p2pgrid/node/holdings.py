@@ -22,6 +22,7 @@ from p2pgrid.dht.manifest import Disk, Tree, decode_datum
 from p2pgrid.dht.store import Held
 from p2pgrid.errors import BadObject, GridError
 from p2pgrid.ids import Cid
+from p2pgrid.node.drafts import follow, let_go
 from p2pgrid.node.node import STALL_PATIENCE, Node, Running, Trouble
 from p2pgrid.node.patience import backoff, patiently
 from p2pgrid.node.room import RESULT_MAX, offered, store_room
@@ -65,6 +66,7 @@ async def keep_holding(node: Node) -> None:
                 await _drop(node, datum)
             for datum in node.troubles.keys() - {w.datum for w in orders.hold} - node.fetching:
                 del node.troubles[datum]
+            await let_go(node, orders.hold)
             for wanted in orders.hold:
                 if wanted.datum not in node.fetching:
                     node.fetching.add(wanted.datum)
@@ -149,12 +151,15 @@ def capacity(node: Node) -> m.Capacity:
     """What this node would offer when idle; nothing where it is no worker."""
     if "worker" not in node.roles:
         return m.Capacity()
+    drafts = (
+        node.store.drafts.size()
+    )  # their disks will have that room, and the coordinator counts those itself
     return m.Capacity(
         slots=node.config.slots,
         memory=psutil.virtual_memory().total // 2,
         cpus=os.cpu_count() or 1,
         disk=offered(psutil.disk_usage(str(node.home)).free, 0),
-        store=store_room(node.config.quota, node.store.used(), disk_free(node.store.root)),
+        store=store_room(node.config.quota, node.store.used() - drafts, disk_free(node.store.root) + drafts),
     )
 
 
@@ -187,6 +192,9 @@ async def _bring(node: Node, wanted: m.Wanted, slots: trio.CapacityLimiter) -> N
     is_result = wanted.reason == "result"
     was_here = node.complete(wanted.datum)
     try:
+        if wanted.kind == "draft":
+            await follow(node, wanted)
+            return
         async with slots:
             if not was_here:
                 most = RESULT_MAX if is_result else None

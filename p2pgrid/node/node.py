@@ -95,6 +95,8 @@ class Node:
     """Data that were ordered and did not come."""
     kinds: dict[Cid, type] = attrs.field(factory=dict)
     """What data here are; known only where it was needed."""
+    unordered: dict[str, float] = attrs.field(factory=dict)
+    """Since when drafts that are followed here have not been ordered."""
     resting: int = 0
     """Slots that take no lease for a while, since the last ones failed here."""
     connected: bool = False
@@ -217,6 +219,7 @@ class Node:
         """Have `datum` here no more, whoever dropped it first."""
         with contextlib.suppress(NotFound):
             await trio.to_thread.run_sync(self.store.drop, Cid.parse(datum))
+        self.exchange.settle()
         self._unannounced.pop(datum, None)
         await self._withdraw(self._announced.pop(datum, ()))
 

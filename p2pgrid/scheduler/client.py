@@ -140,8 +140,11 @@ class Calls(ABC):
     async def cancel(self, job: str) -> None:
         await self._ask(m.Cancel(job), m.Done)
 
-    async def put(self, record: m.DatumRecord) -> None:
-        await self._ask(m.Put(record), m.Done)
+    async def put(self, record: m.DatumRecord, draft: str | None = None) -> None:
+        await self._ask(m.Put(record, draft), m.Done)
+
+    async def draft(self, draft: str, size: int = 0, replica: int = 0, *, over: bool = False) -> None:
+        await self._ask(m.Draft(draft, size, replica, over), m.Done)
 
     async def forget(self, datum: str) -> None:
         await self._ask(m.Forget(datum), m.Done)

@@ -13,6 +13,7 @@ from typing import Literal
 
 from p2pgrid.ids import PeerId
 from p2pgrid.scheduler.catalogue import Catalogue
+from p2pgrid.scheduler.drafts import Drafted, Drafts
 from p2pgrid.scheduler.faults import Faults
 from p2pgrid.scheduler.job import JobSpec
 from p2pgrid.scheduler.messages import DROP_MAX, HOLD_MAX, PROVIDERS_MAX, Orders, Provider, Wanted
@@ -31,11 +32,18 @@ class Errands:
     """Orders for nodes, from what is known of data, work and nodes."""
 
     def __init__(
-        self, work: Work, roster: Roster, catalogue: Catalogue, faults: Faults, interval: float
+        self,
+        work: Work,
+        roster: Roster,
+        catalogue: Catalogue,
+        drafts: Drafts,
+        faults: Faults,
+        interval: float,
     ) -> None:
         self._work = work
         self._roster = roster
         self._catalogue = catalogue
+        self._drafts = drafts
         self._faults = faults
         self._interval = interval
         self._expected: dict[str, dict[PeerId, None]] = {}
@@ -64,12 +72,16 @@ class Errands:
         due = self._due(node, expected) if node.works and node.total.slots else []
         hold += [
             self.wanted(datum, node.peer, "job" if node.peer in expected.get(datum, ()) else "replica")
+            if (drafted := self._drafts.told.get(datum)) is None
+            else self._followed(drafted, node)
             for datum in due
         ]
         self._roster.promise(node, [w.datum for w in hold[:HOLD_MAX] if w.reason == "replica"])
         droppable = self._here(node, self._catalogue.dropped) - self._work.results.keys()
         droppable |= {d for d in self._here(node, self._work.result_of.keys())
                       if d not in self._catalogue and self._work.droppable_result(d, node.peer)}  # fmt: skip
+        if node.works:
+            droppable |= self._drafts.withdrawn.keys()
         return Orders(
             tuple(hold[:HOLD_MAX]),
             tuple(sorted(droppable)[:DROP_MAX]),
@@ -87,6 +99,13 @@ class Errands:
         record = self._catalogue[datum].record
         peers = self._roster.providers(datum, peer, PROVIDERS_MAX)
         return Wanted(datum, record.kind, record.content, record.size, reason, peers)
+
+    def _followed(self, drafted: Drafted, node: Node) -> Wanted:
+        """A disk that is being put as something for `node` to follow, from its putter and the others."""
+        others = [peer for peer in self._roster.claimed(drafted.draft) if peer != node.peer]
+        found = [drafted.submitter, *others[: PROVIDERS_MAX - 1]]
+        peers = tuple(Provider(peer, self._roster.node(peer).addresses, False) for peer in found)
+        return Wanted(drafted.draft, "draft", None, drafted.size, "replica", peers)
 
     def _result(self, task_id: str, node: Node) -> Wanted:
         task = self._work.tasks[task_id]
@@ -108,8 +127,13 @@ class Errands:
         mine = [d for d, peers in expected.items() if node.peer in peers and d in self._catalogue]
         data = [*mine, *(d for d in self._catalogue.wishing if d not in mine)]
         wishes = [Wish(d, self._catalogue[d].record.replica, self.missing(node.peer, d)) for d in data]
-        holder = Holder(node.peer, node.holds, min(node.free.disk, node.free.store))
         owners = {d: self._roster.claimed(d) for d in data}
+        for drafted in self._drafts.told.values():
+            if drafted.submitter != node.peer:
+                data.append(drafted.draft)
+                wishes.append(Wish(drafted.draft, drafted.replica, drafted.size))
+                owners[drafted.draft] = self._roster.claimed(drafted.draft) | {drafted.submitter: None}
+        holder = Holder(node.peer, node.holds, min(node.free.disk, node.free.store))
         due = should_hold(holder, wishes, owners, expected)
         return [d for d in data if d in due and d not in node.holds]
 

@@ -20,7 +20,7 @@ from p2pgrid.scheduler.facts import Member, Past, Row, TokenRevoked, TokenUse
 OWNER_ROLES = frozenset({"coordinator", "worker", "submitter"})
 NEEDS: dict[type[Any], str] = {
     **dict.fromkeys((m.Pull, m.Renew, m.Report), "worker"),
-    **dict.fromkeys((m.Submit, m.Collect, m.Watch, m.Jobs, m.Cancel, m.Put, m.Forget,
+    **dict.fromkeys((m.Submit, m.Collect, m.Watch, m.Jobs, m.Cancel, m.Put, m.Draft, m.Forget,
                      m.Data, m.Datum, m.Nodes), "submitter"),
     m.Revoke: "coordinator",
 }  # fmt: skip

@@ -209,10 +209,25 @@ class DatumRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many nodes shall hold it; -1 for every worker; 0 for no wish."""
 
 
-class Put(Message, frozen=True):
+class Put(Message, frozen=True, omit_defaults=True):
     """Make a datum known; the caller holds it.  The latest put under a name has the name."""
 
     record: DatumRecord
+    draft: CidText | None = None
+    """The draft that was told of while the disk was pressed; who was to hold that, is to hold this."""
+
+
+class Draft(Message, frozen=True):
+    """A disk is being put: let workers fetch what there is of it.  To be told again within a minute.
+
+    `draft` is the name of its first draft; with `over` it came to nothing.
+    """
+
+    draft: CidText
+    size: Bytes = 0
+    """Bytes that it may come to."""
+    replica: Annotated[int, Meta(ge=-1, le=1 << 20)] = 0
+    over: bool = False
 
 
 class Forget(Message, frozen=True):
@@ -253,7 +268,7 @@ class Revoke(Message, frozen=True):
 
 Request = (
     Join | Beat | Pull | Renew | Report | Leave | Submit | Collect | Watch | Jobs | Cancel
-    | Put | Forget | Data | Datum | Providers | Nodes | Revoke
+    | Put | Draft | Forget | Data | Datum | Providers | Nodes | Revoke
 )  # fmt: skip
 
 
@@ -275,7 +290,8 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A datum to have, why ("job", "result", "replica"), and who has it."""
 
     datum: CidText
-    kind: Literal["disk", "tree"]
+    kind: Literal["disk", "tree", "draft"]
+    """Of a disk that is still being put, a draft: to be followed while it is ordered."""
     content: CidText | None
     size: Bytes
     reason: Literal["job", "result", "replica"]

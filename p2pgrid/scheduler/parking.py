@@ -19,7 +19,7 @@ from p2pgrid.ids import PeerId
 WATCHES_MAX = 64
 """Watches of one peer at a time."""
 
-Due: TypeAlias = Literal["lease", "node", "call", "avoid", "place", "retire"]
+Due: TypeAlias = Literal["lease", "node", "call", "avoid", "place", "retire", "draft"]
 
 
 @attrs.define(eq=False)

@@ -113,6 +113,15 @@ class Roster:
             node.promised[datum] = None
             self._promised.setdefault(datum, {})[node.peer] = None
 
+    def inherit(self, old: str, new: str) -> None:
+        """Whoever was told to hold `old` was told to hold `new`."""
+        for peer in list(self._promised.get(old, {})):
+            node = self.nodes[peer]
+            self._break(node, old)
+            if new not in node.holds:
+                node.promised[new] = None
+                self._promised.setdefault(new, {})[peer] = None
+
     def lost(self, node: Node) -> None:
         """`node` is offline: what it holds does not count until it tells again."""
         node.online = False

@@ -23,6 +23,7 @@ from p2pgrid.errors import Conflict, GridError, NotAuthorised
 from p2pgrid.ids import PeerId
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.catalogue import Catalogue
+from p2pgrid.scheduler.drafts import TTL, Drafts
 from p2pgrid.scheduler.errands import Errands, gist
 from p2pgrid.scheduler.events import Answer, Called, Effect, Event, Hung, Rules, Save, Undelivered
 from p2pgrid.scheduler.facts import Past, Row
@@ -47,15 +48,16 @@ class Schedule:
         self.members = Members(owner, past, self._rows, now)
         self.roster = Roster()
         self.catalogue = Catalogue(past.data)
+        self.drafts = Drafts()
         self.work = Work(self.roster, self._rows)
         self._faults = Faults(self.rules)
         self._returns = Returns(self.rules.return_patience)
         self._errands = Errands(
-            self.work, self.roster, self.catalogue, self._faults, self.rules.beat_interval
+            self.work, self.roster, self.catalogue, self.drafts, self._faults, self.rules.beat_interval
         )
         self._matching = Matching(self.work, self.roster, self._errands, self._faults)
         self._submissions = Submissions(self.members, self.work, self.roster, self.catalogue, self._errands,
-                                        self._returns, self._rows)  # fmt: skip
+                                        self._returns, self.drafts, self._rows)  # fmt: skip
         self._parking = Parking()
         self._timers = Timers()
         self._jobs_seen = 0
@@ -135,6 +137,8 @@ class Schedule:
                 return submissions.jobs(peer, jobs)
             case m.Put() as put:
                 return submissions.put(peer, put, now)
+            case m.Draft() as draft:
+                return self._draft(peer, draft, now)
             case m.Forget() as forget:
                 return submissions.forget(peer, forget)
             case m.Datum() as datum:
@@ -407,6 +411,8 @@ class Schedule:
                     self._matching.forgive(key, now)
                 case "retire":
                     self._retire(key, now)
+                case "draft":
+                    self._draft_due(key, now)
 
     def _time(self, task_id: str, lease: Lease) -> None:
         """Have its end noticed, once."""
@@ -462,6 +468,18 @@ class Schedule:
         if again is not None:
             self._timers.set(again, "retire", inputs)
 
+    def _draft(self, peer: PeerId, draft: m.Draft, now: float) -> m.Reply:
+        if self.drafts.tell(peer, draft, now):
+            self._timers.set(now + TTL, "draft", draft.draft)
+            self._submissions.spread()
+        return m.Done()
+
+    def _draft_due(self, draft: str, now: float) -> None:
+        again = self.drafts.ring(draft, now)
+        if again is not None:
+            self._timers.set(again, "draft", draft)
+        self._submissions.spread()
+
     def _slept(self, now: float) -> None:
         """Nobody could be heard for a while: nobody is to blame for it."""
         for lease in self.work.leases.values():
@@ -475,6 +493,7 @@ class Schedule:
         self.work.check()
         self.roster.check()
         self.catalogue.check()
+        self.drafts.check()
         self._parking.check()
         assert not self._rows, "a step left something behind"
         assert not self._answers

@@ -10,6 +10,7 @@ from p2pgrid.ids import PeerId, readable_id
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler import views
 from p2pgrid.scheduler.catalogue import Catalogue
+from p2pgrid.scheduler.drafts import Drafts
 from p2pgrid.scheduler.errands import Errands
 from p2pgrid.scheduler.facts import Row
 from p2pgrid.scheduler.members import Members
@@ -29,6 +30,7 @@ class Submissions:
         catalogue: Catalogue,
         errands: Errands,
         returns: Returns,
+        drafts: Drafts,
         rows: list[Row],
     ) -> None:
         self._members = members
@@ -37,6 +39,7 @@ class Submissions:
         self._catalogue = catalogue
         self._errands = errands
         self._returns = returns
+        self._drafts = drafts
         self._rows = rows
 
     def _sees(self, peer: PeerId, submitter: PeerId) -> bool:
@@ -91,9 +94,16 @@ class Submissions:
         row = self._catalogue.put(request.record, peer, now)
         self._rows.append(row)
         self._roster.hold(self._roster.node(peer), request.record.datum)
-        if request.record.replica:
-            self._roster.news |= {c.peer: None for c in self._roster.candidates()}
+        drafted = request.draft is not None and self._drafts.place(request.draft, peer, now)
+        if request.draft is not None and drafted:
+            self._roster.inherit(request.draft, request.record.datum)
+        if request.record.replica or drafted:
+            self.spread()
         return m.Done()
+
+    def spread(self) -> None:
+        """There may be something else to do for every worker."""
+        self._roster.news |= {c.peer: None for c in self._roster.candidates()}
 
     def forget(self, peer: PeerId, request: m.Forget) -> m.Done:
         row = self._catalogue.find(request.datum, peer, peer == self._members.owner)
