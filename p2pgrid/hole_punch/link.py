@@ -98,6 +98,8 @@ class Link:
         self._begun = memoryview(b"")
         """What is left of the message that was taken from a queue last: whole pieces, and of one piece."""
         self._sealed = 0
+        self._unread = True
+        """Whether something may have come that was not read: it was too much, or not allowed yet."""
         self._lock = threading.Lock()
         self._closing = ""
         self.receiver = receive(self)
@@ -180,7 +182,10 @@ class Link:
 
     def _go_on(self, readable: bool) -> Next:
         reading, writing = self._waits()
-        more = self._pull() if readable and not reading else False
+        self._unread |= readable
+        if self._unread and not reading:
+            self._unread = self._pull()
+        more = self._unread and not reading
         again = self.receiver.drained() if self.queued < self.low else None
         sent, blocked = (0, False) if writing else self._push()
         goes_on = not blocked and not writing and (sent > 0 or self.queued > 0)

@@ -111,8 +111,8 @@ class Reactor:
             self._waker.close()
 
     def _ready(self) -> dict[Turned, bool]:
-        """Wait until a link can go on: those that can, and whether there may be something to read."""
-        turns = dict.fromkeys(self._again, True)
+        """Wait until a link can go on: those that can, and whether something has come for them."""
+        turns = dict.fromkeys(self._again, False)
         self._again = {}
         for key, events in self._selector.select(self._patience(at_once=bool(turns))):
             if key.fileobj is self._woken:
@@ -127,7 +127,7 @@ class Reactor:
         while self._timers and self._timers[0][0] <= now:
             at, _, link = heapq.heappop(self._timers)
             if self._due.get(link) == at:
-                turns[link] = True  # it may have been forbidden to read until now
+                turns.setdefault(link, False)
         return turns
 
     def _patience(self, *, at_once: bool) -> float | None:
@@ -146,7 +146,6 @@ class Reactor:
             if link.fileno() < 0:
                 return  # called once more after its end
             self._watched[link] = 0
-            readable = True
         self._turning = link
         then = link.turn(readable)
         self._turning = None

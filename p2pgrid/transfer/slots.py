@@ -7,9 +7,10 @@ passed on of it.  So all links of a node together commit what the uplink sends i
     may? ── room ───────────────────────────────────> one more chunk ──> queued ──> gone
       └──── none: stands in line until it is first and there is room  <──────────────┘
 
-In line they are served round robin, a chunk each.  A link that has not moved for much longer than all
-that is committed takes does not count: its peer is slow, the uplink is not, and the others go on
-meanwhile.  On a fast uplink there is always room, and each link's own bound is all there is.
+In line they are served round robin, a chunk each; nobody stands there while less than half is
+committed.  A link that has not moved for much longer than all that is committed takes does not count:
+its peer is slow, the uplink is not, and the others go on meanwhile.  On a fast uplink there is always
+room, and each link's own bound is all there is.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Slots(Generic[Who]):
     def may(self, who: Who, now: float) -> bool:
         """Whether `who` may commit one more chunk.  If not, it stands in line."""
         with self._lock:
-            if self._room(now) and next(iter(self._line), who) == who:
+            if self._plenty or (self._room(now) and next(iter(self._line), who) == who):
                 self._line.pop(who, None)
                 return True
             self._line.setdefault(who)
@@ -90,6 +91,11 @@ class Slots(Generic[Who]):
             self._moved.pop(who, None)
 
     # --- with the lock held ---
+
+    @property
+    def _plenty(self) -> bool:
+        """Whether there is so much room that nobody need stand in line: each turn would be one chunk long."""
+        return 2 * self._total < self.rate * AHEAD
 
     def _room(self, now: float) -> bool:
         most = max(LEAST, self.rate * AHEAD)
