@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
@@ -35,6 +34,7 @@ from p2pgrid.hole_punch.path import (
     Way,
     candidates,
     from_multiaddr,
+    is_near,
     own_addresses,
     to_multiaddr,
 )
@@ -266,8 +266,8 @@ class Links:
 
     def _adopt(self, peer: PeerId, way: Way, tls: Tls, first: bytes = b"") -> Link:
         try:
-            host = ipaddress.ip_address(tls.socket.getpeername()[0].partition("%")[0])
-            rates = self.rates.link(private=not host.is_global)
+            far, own = tls.socket.getpeername()[0], tls.socket.getsockname()[0]
+            rates = self.rates.link(private=is_near(far, own))
             reactor = min(self._reactors, key=len)
             link = Link(peer, way, tls, self._receive, rates, reactor.call, self._ended)
         except OSError:  # the peer is gone already

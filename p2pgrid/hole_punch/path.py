@@ -48,6 +48,19 @@ def format_address(address: Address) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_near(far: str, own: str) -> bool:
+    """Whether a connection between these hosts stays in the house, by its addresses.
+
+    IPv6 gives neighbours addresses of the whole internet's, but all of one network (/64).
+    """
+    there, here = (ipaddress.ip_address(host.partition("%")[0]) for host in (far, own))
+    if isinstance(there, ipaddress.IPv6Address) and there.ipv4_mapped is not None:
+        there = there.ipv4_mapped
+    if not there.is_global:
+        return True
+    return there.version == here.version == 6 and int(there) >> 64 == int(here) >> 64
+
+
 def to_multiaddr(address: Address) -> str:
     """`/ip4/10.0.0.1/tcp/7/tls`: where a link is made by dialling, unlike what libp2p listens on."""
     host, port = address
