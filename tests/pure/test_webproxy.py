@@ -12,7 +12,7 @@ from p2pgrid.errors import Misused
 from p2pgrid.transfer.ranges import parse_origin
 from p2pgrid.transfer.webproxy import proxy_for
 
-P = "http://proxy.example:3128"
+P = "http://gate.example:3128"
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ P = "http://proxy.example:3128"
         ("https://h/x", {"http_proxy": P}, None),
         ("http://h/x", {"http_proxy": P}, P),
         ("http://h/x", {"all_proxy": P, "https_proxy": "http://a:1"}, P),
-        ("https://h/x", {"https_proxy": "proxy.example:3128"}, P),
-        ("https://h/x", {"https_proxy": "http://proxy.example"}, "http://proxy.example:80"),
+        ("https://h/x", {"https_proxy": "gate.example:3128"}, P),
+        ("https://h/x", {"https_proxy": "http://gate.example"}, "http://gate.example:80"),
         ("https://h/x", {"https_proxy": "http://[fd00::1]:8"}, "http://[fd00::1]:8"),
         ("https://h/x", {"https_proxy": "http://ann:geheim@a:1"}, "http://a:1"),
     ],
