@@ -129,14 +129,14 @@ class Link:
     def fileno(self) -> int:
         return self._tls.fileno()
 
-    def send(self, *buffers: bytes, bulk: bool = False) -> None:
+    def send(self, first: bytes, *rest: bytes, bulk: bool = False) -> None:
         """Queue one whole message; never blocks.  On a link that has ended it is lost.
 
         What is `bulk` is overtaken by all that is not, so that what peers tell each other is not as late
         as what they send.
         """
-        length = sum(map(len, buffers))
-        message = (header(length) + buffers[0], *buffers[1:]) if buffers else (header(0),)
+        length = len(first) + sum(map(len, rest))
+        message = (header(length) + first, *rest)
         with self._lock:
             if self._closing:
                 return

@@ -144,7 +144,7 @@ class _Topic:
 
 
 class Seeding:
-    """One peer's wishes.  All calls come in the link's thread."""
+    """One peer's wishes.  All calls come in the reactor's thread."""
 
     def __init__(
         self,

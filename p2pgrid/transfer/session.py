@@ -44,7 +44,7 @@ CHATTER = 8
 
 
 class Wanter(Protocol):
-    """Who wants a pack.  All calls come in a link's thread."""
+    """Who wants a pack.  All calls come in a reactor's thread."""
 
     def report(self, event: Event) -> None: ...
 
@@ -106,7 +106,7 @@ class Want:
             self._wanter.report(Joined(self.peer, bytes(self._bits), self._link.near))
 
     def take(self, message: Bitfield | Have | Frame | Refuse | Peers | Grown) -> None:
-        """In the link's thread."""
+        """In the reactor's thread."""
         match message:
             case Frame(_, index, data):
                 self._store(index, data)
@@ -236,7 +236,7 @@ class Session:
             raise answer.wrong
         return answer.data
 
-    # --- in the link's thread -------------------------------------------------------------
+    # --- in the reactor's thread ----------------------------------------------------------
 
     def received(self, message: memoryview) -> None:
         match decode(message):
