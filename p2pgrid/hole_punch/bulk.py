@@ -1,7 +1,8 @@
-"""Make links to peers: TCP and TLS, by ways that need no help first.
+"""Have one link to each peer that is wanted, by the best way there is.
 
-*A* wants a link to *B*.  Where A has heard at which addresses B takes links it dials them, and the
-greeting proves who is there.  Otherwise, or where nobody answers, both talk over a control channel:
+*A* wants a link to *B*.  Where A has heard at which addresses B takes links it dials them, and a
+moment later asks B's relays, too; the greeting proves who is there.  Otherwise, or where nobody
+answers, both talk over a control channel:
 
     A ── Offer: addresses ───────────────> B
     A <── Answer: addresses, or Decline ── B
@@ -10,37 +11,56 @@ greeting proves who is there.  Otherwise, or where nobody answers, both talk ove
     A <─ Dialled ─── B
 
 When both want a link at once the smaller peer id's attempt is carried on: it answers the
-other's with `busy`, and the other waits for the link to come.  A new link to a peer replaces an
-old one: a peer that dials has none.
+other's with `busy`, and the other waits for the link to come.  A link whose connection is lost, or
+says nothing any more, goes on over another one that is made in the same manner (`keeping.py`); one
+that is made elsewhere, by punching, is brought here (`bring`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
+import attrs
 import msgspec
 import structlog
 import trio
 
 from p2pgrid.errors import PeerError, Unreachable
-from p2pgrid.hole_punch.greeting import WELL, Caller, Greeting, Verdict, bare, connect, discard
-from p2pgrid.hole_punch.link import Link, Receive, Receiver
+from p2pgrid.hole_punch.doors import Doors, Serve, open_listeners
+from p2pgrid.hole_punch.greeting import (
+    SESSION,
+    Allow,
+    Caller,
+    Greeting,
+    Met,
+    Verdict,
+    connect,
+    discard,
+    well,
+)
+from p2pgrid.hole_punch.keeping import Keeping
+from p2pgrid.hole_punch.link import Link, Path, Receive, Receiver
 from p2pgrid.hole_punch.path import (
     ADDRESSES_MAX,
     Address,
+    Circuit,
     Way,
     candidates,
+    circuit_from_multiaddr,
+    circuit_to_multiaddr,
+    format_address,
     from_multiaddr,
     is_near,
     own_addresses,
+    parse_address,
     to_multiaddr,
 )
 from p2pgrid.hole_punch.rates import Rates
 from p2pgrid.hole_punch.reactor import Reactor, reactors_wanted
-from p2pgrid.hole_punch.tls import Tls
+from p2pgrid.hole_punch.switchboard import TRANSFER, Switchboard
 from p2pgrid.ids import PeerId
 from p2pgrid.net import Channel, Network
 
@@ -48,29 +68,38 @@ __all__ = ["PROTOCOL", "Link", "Links", "Receive", "Receiver", "Way", "open_link
 
 log = structlog.get_logger(__name__)
 
-PROTOCOL = "/p2pgrid/link/2"
+PROTOCOL = "/p2pgrid/link/3"
 DIAL_PATIENCE = 3.0
 """Seconds to reach one of a peer's addresses; a host that is up answers in one round trip."""
-HANDSHAKE_PATIENCE = 5.0
-"""Seconds a connection at our port may take to show who it is."""
+RELAY_DELAY = 0.3
+"""Seconds that dialling a peer's own addresses is ahead of asking its relays."""
 NEGOTIATION_PATIENCE = 12.0
 """Seconds for all of it: a dial, a dial back, and the messages between."""
-HANDSHAKES_MAX = 32
-"""Connections at our port that have not shown who they are; the oldest gives way to one more."""
+GREETING_PATIENCE = 5.0
+"""Seconds for the greeting over a connection that was made elsewhere."""
 LINKS_MAX = 512
 """Links of one node; more are declined."""
 KNOWN_MAX = 4096
 """Peers whose addresses are remembered."""
+CIRCUITS_MAX = 4
+"""Relays tried for one peer."""
 STAGGER = 0.05
 """Seconds between the starts of dials to one peer, best address first."""
+
+Dial = Callable[[Circuit, PeerId], Awaitable[socket.socket]]
+"""Has a relay connect us with a peer.  Raises `PeerError`, `OSError`."""
+Made = Met | Verdict
+"""What a dial came to: somebody who is there, or why it wants no link."""
 
 
 class Offer(msgspec.Struct, tag="offer", frozen=True):
     addresses: list[str]
+    membership: bytes = b""
 
 
 class Answer(msgspec.Struct, tag="answer", frozen=True):
     addresses: list[str]
+    membership: bytes = b""
 
 
 class Decline(msgspec.Struct, tag="decline", frozen=True):
@@ -86,24 +115,47 @@ class Dialled(msgspec.Struct, tag="dialled", frozen=True):
     ok: bool
 
 
+@attrs.define
+class _Known:
+    """Where one peer takes links."""
+
+    addresses: list[Address] = attrs.field(factory=list)
+    circuits: list[Circuit] = attrs.field(factory=list)
+
+
 class Links:
     """The links of one node; see `open_links`."""
 
     def __init__(
-        self, network: Network, receive: Receive, allow: Callable[[PeerId], bool], nursery: trio.Nursery
+        self, network: Network, allow: Allow, membership: Callable[[], bytes], nursery: trio.Nursery
     ) -> None:
         self.rates = Rates()
         """What the links may move."""
+        self.observed: dict[PeerId, Address] = {}
+        """Where peers that we dialled saw us, by peer; of observers, the link port itself."""
+        self.observers: set[PeerId] = set()
+        """Peers that are dialled from the link port, so that they see where that one is."""
+        self.mapped: list[Address] = []
+        """Where the link port is reached by what stands between us and the others."""
+        self.circuits: list[Circuit] = []
+        """How we are reached through relays."""
+        self.dial_circuit: Dial | None = None
+        """Has a relay connect us; None: there is none to be used."""
+        self.paths: list[Callable[[Link], None]] = []
+        """Called with each link that has a new path, in trio's thread."""
+        self.bound: list[Address] = []
+        """Where links are accepted."""
         self._paused = ""
         self._network = network
-        self._receive = receive
         self._allow = allow
-        self._nursery = nursery
-        self._greeting = Greeting(network)
+        self._membership = membership
+        self._services = Switchboard()
+        self._greeting = Greeting(network, membership, allow)
+        self._doors = Doors(self._admit, nursery)
+        self._keeping = Keeping(self._links_now, self._regain, self._arrival, nursery)
         self._threads = trio.CapacityLimiter(reactors_wanted())
         self._reactors = [Reactor() for _ in range(reactors_wanted())]
         self._token = trio.lowlevel.current_trio_token()
-        self._handshakes: dict[trio.CancelScope, None] = {}
         self._over = False
         self._links: dict[PeerId, Link] = {}
         self._attempts: dict[PeerId, trio.Event] = {}
@@ -111,12 +163,21 @@ class Links:
         self._arrivals: dict[PeerId, trio.Event] = {}
         self._asked_back: set[PeerId] = set()
         """Peers that we asked to dial us."""
-        self._known: dict[PeerId, list[Address]] = {}
-        self.bound: list[Address] = []
-        """Where links are accepted."""
+        self._known: dict[PeerId, _Known] = {}
+
+    def serve(self, kinds: range, receive: Receive) -> None:
+        """Have messages of `kinds` taken by what `receive` makes, on every link; see `switchboard.py`."""
+        self._services.serve(kinds, receive)
+
+    def admit(self, magic: bytes, serve: Serve) -> None:
+        """Have connections at our port that begin with `magic` taken by `serve`; see `doors.py`."""
+        self._doors.admit(magic, serve)
 
     def live(self) -> list[Link]:
         return [link for link in self._links.values() if link.live]
+
+    def _links_now(self) -> list[Link]:
+        return list(self._links.values())
 
     @property
     def paused(self) -> str:
@@ -132,16 +193,30 @@ class Links:
 
     def learn(self, peer: PeerId, multiaddrs: Iterable[str]) -> None:
         """Remember at which of these `peer` takes links."""
-        self._know(peer, [address for text in multiaddrs if (address := from_multiaddr(text))])
+        multiaddrs = list(multiaddrs)
+        addresses = [address for text in multiaddrs if (address := from_multiaddr(text))]
+        self._know(peer, addresses, [c for text in multiaddrs if (c := circuit_from_multiaddr(text))])
 
     def addresses_of(self, peer: PeerId) -> list[str]:
         """Where `peer` takes links, as far as is known, as multiaddrs."""
-        return [to_multiaddr(address) for address in self._known.get(peer, ())]
+        known = self._known.get(peer, _Known())
+        return [*map(to_multiaddr, known.addresses), *map(circuit_to_multiaddr, known.circuits)]
 
-    def _know(self, peer: PeerId, addresses: list[Address]) -> None:
+    @property
+    def addresses(self) -> list[str]:
+        """Where we take links, as multiaddrs, for others to be told."""
+        told = filter(None, map(parse_address, self._told_addresses()))
+        return [*map(to_multiaddr, told), *map(circuit_to_multiaddr, self.circuits)]
+
+    def _know(self, peer: PeerId, addresses: list[Address], circuits: Sequence[Circuit] = ()) -> None:
+        """What was heard last counts, and is forgotten last."""
+        known = self._known.pop(peer, _Known())
         if addresses:
-            self._known.pop(peer, None)
-            self._known[peer] = addresses[:ADDRESSES_MAX]  # what was heard last counts, and is forgotten last
+            known.addresses = addresses[:ADDRESSES_MAX]
+        if circuits:
+            known.circuits = [c for c in circuits if c.relay not in (peer, self._network.me)][:CIRCUITS_MAX]
+        if known.addresses or known.circuits:
+            self._known[peer] = known
             while len(self._known) > KNOWN_MAX:
                 del self._known[next(iter(self._known))]
 
@@ -156,16 +231,35 @@ class Links:
             if under_way is None:
                 break
             await under_way.wait()
-        if self._paused:
-            raise Unreachable(who=peer, why=f"paused: {self._paused}")
-        if not self._allow(peer):
-            raise Unreachable(who=peer, why="it is not a member of the grid")
         if len(self._links) >= LINKS_MAX:
             raise Unreachable(who=peer, why=f"there are {LINKS_MAX} links already")
+        return await self._attempt(peer, self._make)
+
+    async def ping(self, peer: PeerId) -> tuple[float, Link]:
+        """Seconds until `peer` answered, from link to link, and the link.  Raises `Unreachable`."""
+        link = await self.link(peer)
+        answered = trio.Event()
+        seconds: list[float] = []
+
+        def hear(delay: float) -> None:
+            seconds.append(delay)
+            self._token.run_sync_soon(answered.set)
+
+        link.probe(hear)
+        with trio.move_on_after(DIAL_PATIENCE):
+            await answered.wait()
+        if not seconds:
+            raise Unreachable(who=peer, why=f"no answer in {DIAL_PATIENCE:.0f} s")
+        return seconds[0], link
+
+    async def _attempt(self, peer: PeerId, make: Callable[[PeerId], Awaitable[Link]]) -> Link:
+        """Make a connection, one attempt a peer.  Raises `Unreachable`."""
+        if self._paused:
+            raise Unreachable(who=peer, why=f"paused: {self._paused}")
         done = self._attempts[peer] = trio.Event()
         try:
             with trio.move_on_after(NEGOTIATION_PATIENCE):
-                return await self._make(peer)
+                return await make(peer)
             raise Unreachable(who=peer, why=f"no link after {NEGOTIATION_PATIENCE:.0f} s")
         except (PeerError, OSError) as wrong:
             raise Unreachable(who=peer, why=str(wrong)) from None
@@ -176,22 +270,101 @@ class Links:
     # --- the side that wants a link -------------------------------------------------------
 
     async def _make(self, peer: PeerId) -> Link:
-        if known := self._known.get(peer):
-            made = await self._dial(peer, known, Way.DIRECT)
-            if made is not None:
-                return await self._settled(peer, made)
+        made = await self._reach(peer)
+        if made is None:
             self._known.pop(peer, None)
-        return await self._negotiate(peer)
+            return await self._negotiate(peer)
+        return await self._settled(peer, made)
+
+    async def _regain(self, link: Link) -> None:
+        """Have a connection for a link that has none, or one that nothing comes through.
+
+        Raises `Unreachable` where nobody is there, or who is there has forgotten the link.
+        """
+
+        async def again(peer: PeerId) -> Link:
+            made = await self._reach(peer)
+            if made is None:
+                raise Unreachable(who=peer, why="it is not where it was")
+            return await self._settled(peer, made)
+
+        if link.peer in self._attempts or link.peer in self._answering:
+            return
+        await self._attempt(link.peer, again)
+
+    async def _reach(self, peer: PeerId) -> Link | Verdict | None:
+        """Dial where the peer is known to be, and ask its relays; the first one who answers.
+
+        None where it is not found.
+        """
+        known = self._known.get(peer, _Known())
+        ready = trio.Event()
+        found: list[tuple[Made, Way, PeerId | None]] = []
+        said: list[Verdict] = []
+
+        async def direct() -> None:
+            made = await self._dial(peer, known.addresses)
+            take(made, Way.DIRECT, None)
+
+        async def relayed(circuit: Circuit, delay: float) -> None:
+            assert self.dial_circuit is not None
+            with trio.move_on_after(delay):
+                await direct_failed.wait()
+            try:
+                sock = await self.dial_circuit(circuit, peer)
+            except (PeerError, OSError) as wrong:
+                log.debug("no circuit", peer=peer, relay=circuit.relay, why=str(wrong))
+                return
+            take(await self._greet(sock, peer), Way.RELAYED, circuit.relay)
+
+        def take(made: Made | None, way: Way, via: PeerId | None) -> None:
+            if isinstance(made, Verdict):
+                said.append(made)
+            elif made is not None and not found:
+                found.append((made, way, via))
+                ready.set()
+            elif made is not None:
+                made.tls.close()
+
+        direct_failed = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def all_of_them() -> None:
+                async with trio.open_nursery() as dials:
+                    if known.addresses:
+
+                        async def first() -> None:
+                            await direct()
+                            direct_failed.set()
+
+                        dials.start_soon(first)
+                    else:
+                        direct_failed.set()
+                    for place, circuit in enumerate(known.circuits if self.dial_circuit else ()):
+                        dials.start_soon(relayed, circuit, RELAY_DELAY * (1 + place))
+                ready.set()
+
+            nursery.start_soon(all_of_them)
+            await ready.wait()
+            nursery.cancel_scope.cancel()
+        if not found:
+            return said[0] if said else None
+        met, way, via = found[0]
+        assert isinstance(met, Met)
+        return self._adopt(met, way, via)
 
     async def _negotiate(self, peer: PeerId) -> Link:
         channel = await self._network.open(peer, PROTOCOL)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(_close, channel)
-            await channel.send(Offer(self._addresses()))
+            await channel.send(Offer(self._told(), self._membership()))
             answer = await channel.receive(Answer | Decline)
             if isinstance(answer, Decline):
                 return await self._settled(peer, answer)
-            made = await self._dial(peer, self._candidates(peer, answer.addresses), Way.DIRECT)
+            if why := self._allow(peer, answer.membership):
+                raise Unreachable(who=peer, why=why)
+            self._hear(peer, answer.addresses)
+            made = await self._reach(peer)
             if made is not None:
                 return await self._settled(peer, made)
             self._asked_back.add(peer)
@@ -213,7 +386,7 @@ class Links:
         """The link that `peer` is making; the caller bounds the wait."""
         while True:
             link = self._links.get(peer)
-            if link is not None and link.live:
+            if link is not None and link.live and link.connected:
                 return link
             await self._arrivals.setdefault(peer, trio.Event()).wait()
 
@@ -230,60 +403,144 @@ class Links:
 
     async def _answer(self, channel: Channel, offer: Offer) -> None:
         peer = channel.peer
-        verdict = self._judge(peer)
+        verdict = self._judge(peer, offer.membership)
         if verdict.why:
             return await channel.send(Decline(verdict.why, verdict.busy))
         done = self._answering[peer] = trio.Event()
         try:
-            await channel.send(Answer(self._addresses()))
+            await channel.send(Answer(self._told(), self._membership()))
             # It ends the channel when it has its link.
             await channel.receive(DialBack)
-            made = await self._dial(peer, self._candidates(peer, offer.addresses), Way.REVERSE)
-            await channel.send(Dialled(isinstance(made, Link)))
+            self._hear(peer, offer.addresses)
+            made = await self._dial(peer, self._known.get(peer, _Known()).addresses)
+            if isinstance(made, Met):
+                self._adopt(made, Way.REVERSE)
+            await channel.send(Dialled(isinstance(made, Met)))
         finally:
             if self._answering.get(peer) is done:
                 del self._answering[peer]
             done.set()
         return None
 
-    def _judge(self, peer: PeerId) -> Verdict:
+    def _judge(self, peer: PeerId, membership: bytes) -> Verdict:
         """What we say to a peer that wants a link."""
-        if not self._allow(peer):
-            return Verdict("not a member of the grid")
-        if self._paused:
-            return Verdict("paused by its owner")
+        if why := self._allow(peer, membership):
+            return Verdict(why)
+        if self._paused or self._over:
+            return Verdict("paused by its owner" if self._paused else "it is closing")
         if peer in self._attempts and peer not in self._asked_back and self._network.me < peer:
             return Verdict("our own attempt goes first", busy=True)
         if len(self._links) >= LINKS_MAX and peer not in self._links:
             return Verdict("too many links")
         return Verdict()
 
-    def _candidates(self, peer: PeerId, told: Sequence[str]) -> list[Address]:
-        return candidates(told[:ADDRESSES_MAX], self._network.addresses_of(peer))
+    def _hear(self, peer: PeerId, told: Sequence[str], far: Address | None = None) -> None:
+        """Remember what `peer` tells of where it takes links, and where it comes from."""
+        seen = [to_multiaddr(far)] if far is not None else self._network.addresses_of(peer)
+        told = told[: 2 * ADDRESSES_MAX]
+        addresses = candidates([text for text in told if not text.startswith("/")], seen)
+        self._know(peer, addresses, [c for text in told if (c := circuit_from_multiaddr(text))])
 
-    def _addresses(self) -> list[str]:
-        return own_addresses(self.bound, self._network.addresses)
+    def _told_addresses(self) -> list[str]:
+        """Where we can be dialled, as `host:port`."""
+        own = own_addresses(self.bound, self._network.addresses)
+        return list(dict.fromkeys([*map(format_address, self.mapped), *own]))[:ADDRESSES_MAX]
 
-    def _adopt(self, peer: PeerId, way: Way, tls: Tls, first: bytes = b"") -> Link:
+    def _told(self) -> list[str]:
+        """What to tell a peer: where we can be dialled, and how we are reached through relays."""
+        return [*self._told_addresses(), *map(circuit_to_multiaddr, self.circuits[:CIRCUITS_MAX])]
+
+    # --- paths ----------------------------------------------------------------------------
+
+    async def bring(
+        self, sock: socket.socket, peer: PeerId, way: Way, *, accepts: bool, via: PeerId | None = None
+    ) -> Link:
+        """Link to `peer` over a connection that was made elsewhere, or have the link go on over it.
+
+        The side that `accepts` is TLS' server; which of both, they have agreed.  `sock` is closed where it
+        comes to nothing.  Raises `Unreachable`.
+        """
+        made: Link | Made | None = None
+        with trio.move_on_after(GREETING_PATIENCE):
+            if not accepts:
+                made = await self._greet(sock, peer)
+            else:
+                caller = await self._greeting.accept(sock)
+                if caller is not None and caller.peer == peer:
+                    made = await self._take(caller, way, via)
+                elif caller is not None:
+                    caller.tls.close()
+        if isinstance(made, Met):
+            made = self._adopt(made, way, via)
+        if not isinstance(made, Link):
+            sock.close()
+            raise Unreachable(who=peer, why=made.why if made is not None else "it did not greet us")
+        return made
+
+    async def _greet(self, sock: socket.socket, peer: PeerId) -> Made | None:
+        link = self._links.get(peer)
+        session = link.session if link is not None and link.live else b""
+        return await self._greeting.dial(sock, peer, self._told(), session)
+
+    async def _admit(self, sock: socket.socket) -> None:
+        caller = await self._greeting.accept(sock)
+        if caller is not None:
+            await self._take(caller, Way.REVERSE if caller.peer in self._asked_back else Way.DIRECT, None)
+
+    async def _take(self, caller: Caller, way: Way, via: PeerId | None) -> Link | Verdict:
+        """Let a peer that greeted us have its link, or say why not."""
+        peer, far = caller.peer, _far_end(caller.tls.socket)
+        verdict = self._judge(peer, caller.membership)
+        if verdict.why:
+            await caller.decline(verdict)
+            return verdict
+        self._hear(peer, caller.addresses, far if way is not Way.RELAYED else None)
+        link = self._links.get(peer)
+        goes_on = link is not None and link.live and link.session == caller.session
+        session = caller.session if goes_on else secrets.token_bytes(SESSION)
+        seen = format_address(far) if far is not None else ""
+        return self._adopt(Met(peer, caller.tls, session, ""), way, via, well(session, seen))
+
+    def _adopt(self, met: Met, way: Way, via: PeerId | None = None, preamble: bytes = b"") -> Link:
+        """Have the link go on over the connection that was made, or begin."""
+        peer, sock = met.peer, met.tls.socket
         try:
-            far, own = tls.socket.getpeername()[0], tls.socket.getsockname()[0]
-            rates = self.rates.link(private=is_near(far, own))
-            reactor = min(self._reactors, key=len)
-            link = Link(peer, way, tls, self._receive, rates, reactor.call, self._ended)
+            far, own = sock.getpeername()[0], sock.getsockname()[0]
         except OSError:  # the peer is gone already
-            tls.close()
+            met.tls.close()
             raise
-        if first:
-            link.send(first)
-        before = self._links.get(peer)
-        if before is not None:
-            before.close("a newer link took its place")
-        self._links[peer] = link
+        if (seen := parse_address(met.observed)) is not None:
+            self.observed[peer] = seen
+        near = way is not Way.RELAYED and is_near(far, own)
+        path = Path(met.tls, way, self.rates.link(private=near), via, preamble)
+        link = self._links.get(peer)
+        if link is not None and link.live and link.session == met.session:
+            link.go_on(path)
+        else:
+            if link is not None:
+                link.close("a newer link took its place")
+            link = self._begin(peer, met.session, path)
         if self._over or self._paused:
             link.close()
         self._arrivals.pop(peer, trio.Event()).set()
         link.wake()
+        for tell in self.paths:
+            tell(link)
         return link
+
+    def _begin(self, peer: PeerId, session: bytes, path: Path) -> Link:
+        reactor = min(self._reactors, key=len)
+        try:
+            link = Link(peer, session, path, self._services, reactor.call, self._lost, self._ended)
+        except OSError:
+            path.tls.close()
+            raise
+        self._links[peer] = link
+        return link
+
+    def _lost(self, link: Link) -> None:
+        """In a reactor's thread."""
+        self._token.run_sync_soon(self._keeping.regain, link)
 
     def _ended(self, link: Link) -> None:
         """In a reactor's thread."""
@@ -301,72 +558,36 @@ class Links:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(reactor.run, limiter=self._threads)
 
-    async def _dial(self, peer: PeerId, addresses: Sequence[Address], way: Way) -> Link | Verdict | None:
+    async def _dial(self, peer: PeerId, addresses: Sequence[Address]) -> Made | None:
         """Dial all of a peer's addresses, greet those that answer one by one, keep the first that is it.
 
         Its verdict where it wants no link, None where it was not reached.
         """
         send, answered = trio.open_memory_channel[socket.socket](len(addresses))
-        greeted: Tls | Verdict | None = None
+        greeted: Made | None = None
         reached: Address | None = None
         with trio.move_on_after(DIAL_PATIENCE):
             async with trio.open_nursery() as nursery:
                 with send:
                     for place, address in enumerate(addresses):
-                        nursery.start_soon(connect, address, place * STAGGER, send.clone())
+                        bound = self._bound_for(peer, address)
+                        nursery.start_soon(connect, address, place * STAGGER, send.clone(), bound)
                 async for sock in answered:
                     reached = _far_end(sock)
-                    greeted = await self._greeting.dial(sock, peer, self._addresses())
+                    greeted = await self._greet(sock, peer)
                     if greeted is not None:
                         break
                 nursery.cancel_scope.cancel()
         discard(answered)
-        if not isinstance(greeted, Tls):
-            return greeted
-        self._know(peer, [*filter(None, [reached]), *(a for a in addresses if a != reached)])
-        return self._adopt(peer, way, greeted)
+        if isinstance(greeted, Met):
+            self._know(peer, [*filter(None, [reached]), *(a for a in addresses if a != reached)])
+        return greeted
 
-    async def _listen(self, listener: trio.SocketListener) -> None:
-        async with listener:
-            while True:
-                try:
-                    stream = await listener.accept()
-                except OSError as full:
-                    if full.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        raise
-                    await trio.sleep(0.1)  # until something else has closed a file
-                    continue
-                try:
-                    sock = bare(stream.socket)
-                except OSError as gone:
-                    log.debug("a connection ended before it was looked at", why=str(gone))
-                    continue
-                if len(self._handshakes) >= HANDSHAKES_MAX:
-                    next(iter(self._handshakes)).cancel()
-                scope = trio.CancelScope()
-                self._handshakes[scope] = None
-                self._nursery.start_soon(self._admit, sock, scope)
-
-    async def _admit(self, sock: socket.socket, scope: trio.CancelScope) -> None:
-        try:
-            with scope, trio.move_on_after(HANDSHAKE_PATIENCE):
-                caller = await self._greeting.accept(sock)
-                if caller is not None:
-                    await self._take(caller)
-        except OSError as full:  # ours, not the peer's: no descriptor or no memory left
-            log.warning("a connection was dropped", why=str(full))
-            sock.close()
-        finally:
-            del self._handshakes[scope]
-
-    async def _take(self, caller: Caller) -> None:
-        peer, far = caller.peer, _far_end(caller.tls.socket)
-        verdict = self._judge(peer)
-        if verdict.why:
-            return await caller.decline(verdict)
-        self._know(peer, candidates(caller.addresses, [to_multiaddr(far)] if far is not None else []))
-        self._adopt(peer, Way.REVERSE if peer in self._asked_back else Way.DIRECT, caller.tls, WELL)
-        return None
+    def _bound_for(self, peer: PeerId, address: Address) -> Address | None:
+        """The listening address to dial from, if the peer is to see it."""
+        if peer not in self.observers:
+            return None
+        return next((bound for bound in self.bound if (":" in bound[0]) == (":" in address[0])), None)
 
 
 def _far_end(sock: socket.socket) -> Address | None:
@@ -381,22 +602,27 @@ def _far_end(sock: socket.socket) -> Address | None:
 async def open_links(
     network: Network,
     listen: Sequence[Address],
-    receive: Receive,
-    allow: Callable[[PeerId], bool] = lambda peer: True,
+    receive: Receive | None = None,
+    allow: Allow = lambda peer, membership: "",
+    membership: Callable[[], bytes] = lambda: b"",
 ) -> AsyncIterator[Links]:
     """Listen at the addresses of `listen` (port 0: any) and have links while inside.
 
-    `allow` says who is a member.  On leaving, every link is closed and its thread has ended.
-    Raises `OSError` where an address cannot be listened at.
+    `receive` serves transfers, `Links.serve` adds others.  `allow` says who is welcome, `membership` what
+    we show that we are.  On leaving, every link is closed and its thread has ended.  Raises `OSError` where
+    an address cannot be listened at.
     """
     async with trio.open_nursery() as nursery:
-        links = Links(network, receive, allow, nursery)
+        links = Links(network, allow, membership, nursery)
+        if receive is not None:
+            links.serve(TRANSFER, receive)
         try:
             for host, port in listen:
-                for listener in await trio.open_tcp_listeners(port, host=host):
+                for listener in await open_listeners(host, port):
                     links.bound.append(listener.socket.getsockname()[:2])
-                    nursery.start_soon(links._listen, listener)
+                    nursery.start_soon(links._doors.listen, listener)
             network.serve(PROTOCOL, links._serve)
+            nursery.start_soon(links._keeping.watch)
             for reactor in links._reactors:
                 nursery.start_soon(links._move, reactor, name="links")
             yield links

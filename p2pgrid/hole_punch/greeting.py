@@ -3,11 +3,14 @@
 After TLS 1.3, in which only the accepting side shows a certificate, three messages:
 
     accepting side                                       dialling side
-       Welcome: its peer id, a nonce, its signature of
-                the certificate's digest               ──>
-                                                       <──  Hello: its peer id, where it can be dialled,
-                                                            its signature of digest and nonce
-       Verdict: nothing, or why there is no link       ──>
+       Welcome: its peer id, its membership, a nonce,
+                its signature of the certificate's
+                digest                                 ──>
+                                                       <──  Hello: its peer id, where it can be dialled, its
+                                                            signature of digest and nonce, its membership,
+                                                            the session that it goes on with, if any
+       Verdict: the session, and where it sees the
+                dialling side; or why there is no link ──>
 
 TLS proves that the accepting side has the certificate's key, so nobody else can show it with that
 signature; what the dialling side signs is good for this certificate and this nonce only, so whoever
@@ -22,7 +25,7 @@ import contextlib
 import secrets
 import select
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 import attrs
@@ -42,11 +45,16 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-ACCEPTS, DIALS = b"p2pgrid link 2 accepts\0", b"p2pgrid link 2 dials\0"
+ACCEPTS, DIALS = b"p2pgrid link 3 accepts\0", b"p2pgrid link 3 dials\0"
 """What signatures begin with: one is never good as the other, or for anything else."""
 NONCE = 32
-GREETING_MAX = 4096
+SESSION = 16
+"""Bytes of a session's name."""
+GREETING_MAX = 8192
 """Bytes of one message's body; ours have some hundred."""
+
+Allow = Callable[[PeerId, bytes], str]
+"""Why there is no link with a peer that shows this membership; empty: it is welcome."""
 UNSENT = 64 << 10
 """Bytes that the kernel takes beyond those under way: what lies there can no longer be chosen."""
 
@@ -79,7 +87,17 @@ def _tune(bare: socket.socket) -> None:
             bare.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-async def connect(address: Address, delay: float, send: trio.MemorySendChannel[socket.socket]) -> None:
+async def connect(
+    address: Address,
+    delay: float,
+    send: trio.MemorySendChannel[socket.socket],
+    bound: Address | None = None,
+) -> None:
+    """Dial, and hand on the socket if somebody answers.
+
+    From `bound`, a port at which we listen ourselves, if it can be had: then what stands between shows
+    the other side the address at which that port is seen.
+    """
     async with send:
         await trio.sleep(delay)
         try:
@@ -88,12 +106,23 @@ async def connect(address: Address, delay: float, send: trio.MemorySendChannel[s
             log.debug("cannot dial", address=address, why=str(full))
             return
         try:
+            if bound is not None:
+                with contextlib.suppress(OSError):  # another port will do, but for being seen
+                    share_port(sock)
+                    await sock.bind(bound)
             await sock.connect(address)
             send.send_nowait(bare(sock))
         except OSError:
             return
         finally:
             sock.close()  # a socket that was handed on is detached: nothing happens
+
+
+def share_port(sock: trio.socket.SocketType | socket.socket) -> None:
+    """Let `sock` be bound to a port that others of this node are bound to."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "SO_REUSEPORT"):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def discard(answered: trio.MemoryReceiveChannel[socket.socket]) -> None:
@@ -107,12 +136,16 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     peer: str
     nonce: bytes
     signature: bytes
+    membership: bytes = b""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
     peer: str
     addresses: list[str]
     signature: bytes
+    membership: bytes = b""
+    session: bytes = b""
+    """The one that is to go on over this connection; empty: a new one."""
 
 
 class Verdict(msgspec.Struct, tag="verdict", frozen=True):
@@ -120,6 +153,20 @@ class Verdict(msgspec.Struct, tag="verdict", frozen=True):
     """Why there is no link; empty: there is one."""
     busy: bool = False
     """Our own attempt goes first: the link will come."""
+    session: bytes = b""
+    """The session that goes on, or begins."""
+    observed: str = ""
+    """Where the dialling side is seen, as `host:port`."""
+
+
+@attrs.frozen
+class Met:
+    """Somebody at the other end of a socket, proved, who wants a link."""
+
+    peer: PeerId
+    tls: Tls
+    session: bytes
+    observed: str
 
 
 @attrs.define
@@ -127,13 +174,17 @@ class Greeting:
     """Says and hears what is needed on one node's new connections."""
 
     network: Network
+    membership: Callable[[], bytes] = lambda: b""
+    allow: Allow = lambda peer, membership: ""
     certificate: Certificate = attrs.field(factory=Certificate.make)
     _claim: bytes = b""
 
     def __attrs_post_init__(self) -> None:
         self._claim = self.network.sign(ACCEPTS + digest(self.certificate.der))
 
-    async def dial(self, sock: socket.socket, peer: PeerId, addresses: list[str]) -> Tls | Verdict | None:
+    async def dial(
+        self, sock: socket.socket, peer: PeerId, addresses: list[str], session: bytes = b""
+    ) -> Met | Verdict | None:
         """The connection, if `peer` is there and wants it; None: it is somebody else, or nobody."""
         async with _closing(sock) as kept:
             tls = Tls(self.certificate.dialling, sock, server=False)
@@ -144,13 +195,17 @@ class Greeting:
                 return None
             if not self.network.verify(peer, ACCEPTS + theirs, welcome.signature):
                 return None
+            if why := self.allow(peer, welcome.membership):
+                return Verdict(why)
             signature = self.network.sign(DIALS + theirs + welcome.nonce)
-            await _say(tls, Hello(self.network.me, addresses, signature))
+            await _say(tls, Hello(self.network.me, addresses, signature, self.membership(), session))
             verdict = await _hear(tls, Verdict)
             if verdict.why:
                 return verdict
+            if len(verdict.session) != SESSION:
+                return None
             kept.whole = True
-            return tls
+            return Met(peer, tls, verdict.session, verdict.observed)
         return None
 
     async def accept(self, sock: socket.socket) -> Caller | None:
@@ -158,13 +213,15 @@ class Greeting:
         async with _closing(sock) as kept:
             tls, nonce = Tls(self.certificate.accepting, sock, server=True), secrets.token_bytes(NONCE)
             await _shake(tls)
-            await _say(tls, Welcome(self.network.me, nonce, self._claim))
+            await _say(tls, Welcome(self.network.me, nonce, self._claim, self.membership()))
             hello = await _hear(tls, Hello)
             peer, statement = PeerId(hello.peer), DIALS + digest(self.certificate.der) + nonce
             if not self.network.verify(peer, statement, hello.signature):
                 return None
+            if len(hello.session) not in (0, SESSION):
+                return None
             kept.whole = True
-            return Caller(peer, tuple(hello.addresses[:ADDRESSES_MAX]), tls)
+            return Caller(peer, tuple(hello.addresses[:ADDRESSES_MAX]), tls, hello.membership, hello.session)
         return None
 
 
@@ -176,14 +233,18 @@ class Caller:
     addresses: tuple[str, ...]
     """Where it can be dialled itself, as it says."""
     tls: Tls
+    membership: bytes
+    session: bytes
+    """The one that it wants to go on with; empty: a new one."""
 
     async def decline(self, verdict: Verdict) -> None:
         async with _closing(self.tls.socket):
             await _say(self.tls, verdict)
 
 
-WELL = encode(Verdict())[HEADER:]
-"""The verdict that there is a link: its first message, so that there is one when it is heard."""
+def well(session: bytes, observed: str) -> bytes:
+    """The verdict that there is a link: its first message, so that there is one when it is heard."""
+    return encode(Verdict(session=session, observed=observed))
 
 
 @attrs.define

@@ -1,11 +1,15 @@
-"""Move messages over one TLS socket, both ways at once, a turn at a time.
+"""Move messages between two peers, both ways at once, over one connection after another.
+
+A link is a session: it begins with a TLS connection, and goes on over another one when that one is lost
+or a better one was made, without losing a message or bringing one twice (`outbox.py`).  Whoever uses it
+need not know.
 
 A turn (`reactor.py`) never blocks: it reads into the buffer of `Framing` what has come, asks the
 receiver for more to send, and writes from a queue as much as the socket takes:
 
-    any thread --send--> queue ---> |  turns in the  | <--TLS--> peer
-    receiver <--received, drained-- |  reactor's     |
-                                    |  thread        |
+    any thread --send--> outbox ---> |  turns in the  | <--TLS--> peer
+    receiver <--received, drained--- |  reactor's     |
+                                     |  thread        |
 
 Backpressure: nothing that is long is queued before `drained` asks for it, so a slow peer holds
 about `LOW` bytes here, and TCP does the rest.  A peer that has us queue more than `QUEUE_MAX`
@@ -14,16 +18,18 @@ without reading is not coming back.
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
 
+import attrs
+
 from p2pgrid.errors import BadFrame, PeerError
-from p2pgrid.hole_punch.framing import HEADER, Framing, header
+from p2pgrid.hole_punch.framing import Framing, header
+from p2pgrid.hole_punch.outbox import Again, Outbox
 from p2pgrid.hole_punch.path import Way
 from p2pgrid.hole_punch.rates import LinkRates
 from p2pgrid.hole_punch.reactor import READ, WRITE, Next
@@ -43,6 +49,16 @@ TCP_INFO_SIZE, RTT_AT, MIN_RTT_AT = 152, 68, 148
 """Bytes of Linux' `tcp_info` that are looked at, and where the delay (µs) lies in it."""
 SEAL = 128 << 10
 """Bytes sealed before they are sent: few system calls, and little that can no longer be overtaken."""
+ACK_BYTES, ACK_MESSAGES = 1 << 20, 256
+"""How much is taken before it is acknowledged: the peer keeps it so long."""
+PROBES_MAX = 64
+"""Probes that wait for their echo."""
+
+ACK, BYE, RESUME, PROBE, ECHO = range(32, 37)
+"""The link's own messages; `docs/protocols/bulk.md`."""
+OWN = range(32, 40)
+WHY_MAX = 200
+_COUNT = struct.Struct(">BQ")
 
 
 class Receiver(Protocol):
@@ -68,40 +84,71 @@ Receive = Callable[["Link"], Receiver]
 """Makes the receiver of a new link; called by whoever makes the link, before its first turn."""
 
 
+@attrs.frozen(eq=False)
+class Path:
+    """One connection to the peer, greeted, and how it came about."""
+
+    tls: Tls
+    way: Way
+    rates: LinkRates
+    via: PeerId | None = None
+    """The relay, where there is one."""
+    preamble: bytes = b""
+    """What is said on it before all else."""
+    since: float = attrs.field(factory=time.monotonic)
+
+
 class Link:
-    """A live connection to one peer.  Thread-safe."""
+    """A session with one peer.  Thread-safe."""
 
     def __init__(
         self,
         peer: PeerId,
-        way: Way,
-        tls: Tls,
+        session: bytes,
+        path: Path,
         receive: Receive,
-        rates: LinkRates,
         call: Callable[[Link], None],
+        lost: Callable[[Link], None],
         ended: Callable[[Link], None],
     ) -> None:
-        """`call` has the link called for a turn, `ended` hears when it has had its last."""
+        """`call` has the link called for a turn, `lost` hears that it has no connection, `ended` when it
+        has had its last turn; both in the reactor's thread."""
         self.peer = peer
-        self.way = way
-        self._tls = tls
-        self._rates = rates
+        self.session = session
+        self.path = path
+        """The connection in use, or that was the last one."""
+        self.heard = 0
+        """Bytes that came, over all connections."""
+        self.sent = 0
+        """Bytes that went."""
+        self.delay: float | None = None
+        """Seconds that the last echo took, link to link."""
         self._call = call
+        self._lost = lost
         self._ended = ended
+        self._coming: Path | None = None
+        """The connection to go on over."""
+        self._retired: list[Tls] = []
+        """Connections to be closed once the reactor does not watch them any more."""
+        self._tls: Tls | None = None
+        self._resuming = False
+        """Whether the peer has yet to say where it goes on."""
         self._framing = Framing()
-        self._queue: collections.deque[tuple[bytes, ...]] = collections.deque()
-        self._bulk: collections.deque[tuple[bytes, ...]] = collections.deque()
-        """Messages that every other overtakes."""
-        self._put = self._gone = 0
-        """Bytes that were queued, and of them those that were sent."""
-        self._pieces: collections.deque[bytes] = collections.deque()
+        self._outbox = Outbox()
+        self._pieces: list[bytes] = []
+        """Of the message that was taken from the outbox last: what was not begun, in the reverse order."""
         self._begun = memoryview(b"")
-        """What is left of the message that was taken from a queue last: whole pieces, and of one piece."""
+        """What is left of the piece that was."""
         self._sealed = 0
         self._unread = True
         """Whether something may have come that was not read: it was too much, or not allowed yet."""
-        self._lock = threading.Lock()
+        self._taken = self._acknowledged = self._unacknowledged = 0
+        """Messages taken, those of them that the peer was told of, bytes of the others."""
+        self._probes: dict[int, tuple[float, Callable[[float], None] | None]] = {}
+        self._number = 0
         self._closing = ""
+        self._over = False
+        self._take_up(path)
         self.receiver = receive(self)
 
     def __repr__(self) -> str:
@@ -112,38 +159,49 @@ class Link:
         return not self._closing
 
     @property
+    def over(self) -> bool:
+        """Whether it has had its last turn."""
+        return self._over
+
+    @property
+    def connected(self) -> bool:
+        """Whether it has a connection just now, or one is about to be taken up."""
+        return self._tls is not None or self._coming is not None
+
+    @property
+    def way(self) -> Way:
+        """How its present connection came about, or its last one."""
+        return self.path.way
+
+    @property
     def near(self) -> bool:
         """Whether its other end is in the same house."""
-        return self._rates.private
+        return self.path.rates.private
 
     @property
     def queued(self) -> int:
         """Bytes that wait to be sent."""
-        return self._put - self._gone
+        return self._outbox.queued
 
     @property
     def low(self) -> int:
         """Bytes queued below which the receiver is asked for more: less where a cap makes them wait long."""
-        return int(min(LOW, max(RECORD, LOW_SECONDS * self._rates.up_rate)))
+        return int(min(LOW, max(RECORD, LOW_SECONDS * self.path.rates.up_rate)))
 
     def fileno(self) -> int:
-        return self._tls.fileno()
+        return self._tls.fileno() if self._tls is not None else -1
 
-    def send(self, first: bytes, *rest: bytes, bulk: bool = False) -> None:
+    def send(self, first: bytes, *rest: bytes, bulk: bool = False, again: Again | None = None) -> None:
         """Queue one whole message; never blocks.  On a link that has ended it is lost.
 
         What is `bulk` is overtaken by all that is not, so that what peers tell each other is not as late
-        as what they send.
+        as what they send.  `again` makes the message anew for another connection, in the reactor's thread, so
+        that nothing long is kept until the peer has it.
         """
-        length = len(first) + sum(map(len, rest))
-        message = (header(length) + first, *rest)
-        with self._lock:
-            if self._closing:
-                return
-            (self._bulk if bulk else self._queue).append(message)
-            self._put += HEADER + length
-            if self.queued > QUEUE_MAX:
-                self._closing = "the peer does not read"
+        if self._closing or not self._outbox.put(first, rest, bulk=bulk, again=again):
+            return
+        if self._outbox.queued > QUEUE_MAX:
+            self._closing = self._closing or "the peer does not read"
         if not bulk:  # what is long was asked for in a turn, which goes on
             self._call(self)
 
@@ -156,102 +214,218 @@ class Link:
         """Have the receiver asked for more, though nothing happened here."""
         self._call(self)
 
+    def go_on(self, path: Path) -> None:
+        """Go on over `path`, which the peer does, too."""
+        before, self._coming = self._coming, path
+        if before is not None:
+            before.tls.close()
+        self._call(self)
+
+    def probe(self, answered: Callable[[float], None] | None = None) -> None:
+        """Have the peer answer at once; `answered` hears in the reactor's thread after how many seconds."""
+        self._number += 1
+        if len(self._probes) >= PROBES_MAX:
+            del self._probes[next(iter(self._probes))]
+        self._probes[self._number] = time.monotonic(), answered
+        self._outbox.say(_COUNT.pack(PROBE, self._number))
+        self._call(self)
+
     # --- in the reactor's thread ----------------------------------------------------------
 
     def turn(self, readable: bool) -> Next | None:
+        while self._retired:
+            self._retired.pop().close()
+        then: Next | None = (True, None, 0)  # where the connection is lost: it is closed in the next turn
         try:
-            then = None if self._closing else self._go_on(readable)
-            return None if self._closing else then
-        except EOFError:
-            self._closing = "the peer closed the link"
+            if self._coming is not None:
+                self._move()
+            if self._tls is None:
+                then = (False, None, 0)
+            elif not self._closing:
+                then = self._go_on(self._tls, readable)
+        except EOFError as end:
+            if end.args:  # orderly
+                self._closing = self._closing or str(end)
+            else:
+                self._lose()
         except PeerError as wrong:
-            self._closing = str(wrong)
-        except OSError as broken:
-            self._closing = f"the connection broke: {broken}"
-        return None
+            self._closing = self._closing or str(wrong)
+        except OSError:
+            self._lose()
+        if self._closing:
+            self._say_bye()
+            return None
+        return then
 
     def end(self, why: str) -> None:
-        with self._lock:
-            self._closing = self._closing or why
-            self._queue.clear()
-            self._bulk.clear()
-            self._put = self._gone = 0
-        self._tls.close()
+        self._over = True
+        self._closing = self._closing or why
+        self._outbox.end()
+        for tls in (self._tls, self._coming.tls if self._coming is not None else None, *self._retired):
+            if tls is not None:
+                tls.close()
+        self._tls = self._coming = None
+        self._retired.clear()
         self._ended(self)
         self.receiver.left(self._closing)
 
-    def _go_on(self, readable: bool) -> Next:
-        reading, writing = self._waits()
+    def _take_up(self, path: Path) -> None:
+        self.path, self._tls = path, path.tls
+        if path.preamble:
+            path.tls.seal(path.preamble)
+        self._unread = True
+
+    def _move(self) -> None:
+        """Leave the connection there was for the one that is coming, and say how far we are."""
+        assert self._coming is not None
+        path, self._coming = self._coming, None
+        self._drop()
+        self._take_up(path)
+        path.tls.seal(header(_COUNT.size) + _COUNT.pack(RESUME, self._taken))
+        self._acknowledged, self._unacknowledged = self._taken, 0
+        self._resuming = True
+
+    def _drop(self) -> None:
+        """What was half read or half sent is void with the connection."""
+        if self._tls is not None:
+            self._retired.append(self._tls)
+            self._tls = None
+        self._framing = Framing()
+        self._pieces.clear()
+        self._begun = memoryview(b"")
+        self._sealed = 0
+        self._resuming = False
+        self._probes.clear()
+        self._outbox.interrupt()
+
+    def _lose(self) -> None:
+        self._drop()
+        self._lost(self)
+
+    def _say_bye(self) -> None:
+        """End in good order, as far as the socket takes it now: the peer need not look for us."""
+        if self._tls is not None:
+            with contextlib.suppress(OSError):
+                if not self._begun and not self._pieces and not self._resuming:
+                    why = self._closing.encode()[:WHY_MAX]
+                    self._tls.seal(header(1 + len(why)) + bytes([BYE]) + why)
+                self._tls.end()
+
+    def _go_on(self, tls: Tls, readable: bool) -> Next:
+        reading, writing = self._waits(tls)
         self._unread |= readable
         if self._unread and not reading:
-            self._unread = self._pull()
+            self._unread = self._pull(tls)
         more = self._unread and not reading
-        again = self.receiver.drained() if self.queued < self.low else None
-        sent, blocked = (0, False) if writing else self._push()
-        goes_on = not blocked and not writing and (sent > 0 or self.queued > 0)
+        again = None
+        if self._outbox.queued < self.low and not self._resuming:
+            again = self.receiver.drained()
+        sent, blocked = (0, False) if writing else self._push(tls)
+        goes_on = not blocked and not writing and (sent > 0 or self._outbox.queued > 0) and not self._resuming
         waits = [wait for wait in (again, reading or None, writing or None) if wait is not None]
         wanted = (0 if reading else READ) | (WRITE if blocked else 0)
         return more or goes_on, min(waits, default=None), wanted
 
-    def _waits(self) -> tuple[float, float]:
+    def _waits(self, tls: Tls) -> tuple[float, float]:
         """Seconds until something may be read, and until something may be written."""
-        if not self._rates.capped:
+        rates = self.path.rates
+        if not rates.capped:
             return 0.0, 0.0
         now = time.monotonic()
-        if self._rates.due(now):
-            about = self._tls.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+        if rates.due(now):
+            about = tls.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
             if len(about) == TCP_INFO_SIZE:
                 delay, base = (struct.unpack_from("I", about, at)[0] / 1e6 for at in (RTT_AT, MIN_RTT_AT))
-                self._rates.observe(delay, base, now)
-        return self._rates.may_read(now), self._rates.may_send(now) if self.queued else 0.0
+                rates.observe(delay, base, now)
+        return rates.may_read(now), rates.may_send(now) if self.queued else 0.0
 
-    def _push(self) -> tuple[int, bool]:
+    def _push(self, tls: Tls) -> tuple[int, bool]:
         """Seal and send from the queue: how many bytes went, and whether the socket takes no more."""
-        sent = 0
-        most, batch = (RECORD, RECORD) if self._rates.capped else (BURST, SEAL)
-        while self._tls.flush():
+        sent, rates = 0, self.path.rates
+        most, batch = (RECORD, RECORD) if rates.capped else (BURST, SEAL)
+        while tls.flush():
             if self._sealed:
                 sent += self._sealed
-                self._gone += self._sealed
+                self.sent += self._sealed
+                self._outbox.went(self._sealed)
                 self._sealed = 0
             if sent >= most:
                 return sent, False
             while self._sealed < batch and (record := self._record()):
-                self._tls.seal(record)
+                tls.seal(record)
                 self._sealed += len(record)
             if not self._sealed:
                 return sent, False
             if most == RECORD:
-                self._rates.sent(self._sealed, time.monotonic())
+                rates.sent(self._sealed, time.monotonic())
         return sent, True
 
     def _record(self) -> bytes | memoryview:
-        """The next bytes of the queue, a whole record of them if there are as many."""
+        """The next bytes of the outbox, a whole record of them if there are as many."""
         parts: list[bytes | memoryview] = []
-        room = RECORD
+        room = 0 if self._resuming else RECORD
         while room:
             if not self._begun:
                 if not self._pieces:
-                    if not (queue := self._queue or self._bulk):
+                    message = self._outbox.next()
+                    if message is None:
                         break
-                    self._pieces.extend(queue.popleft())
-                self._begun = memoryview(self._pieces.popleft())
+                    self._pieces.extend(reversed(message))
+                self._begun = memoryview(self._pieces.pop())
             part, self._begun = self._begun[:room], self._begun[room:]
             parts.append(part)
             room -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _pull(self) -> bool:
+    def _pull(self, tls: Tls) -> bool:
         """Read and hand over messages; whether there may be more without waiting for it."""
-        most = RECORD if self._rates.capped else AT_ONCE
+        rates = self.path.rates
+        most = RECORD if rates.capped else AT_ONCE
         space = self._framing.space()
-        count = self._tls.read(space[:most] if most == RECORD else space, most)
-        if count and most == RECORD:
-            self._rates.read(count, time.monotonic())
+        count = tls.read(space[:most] if most == RECORD else space, most)
+        if count:
+            self.heard += count
+            if most == RECORD:
+                rates.read(count, time.monotonic())
         for body in self._framing.filled(count):
             if not body:
                 raise BadFrame(why="an empty message")
-            self.receiver.received(body)
+            if body[0] in OWN:
+                self._heed(body)
+            elif self._resuming:
+                raise BadFrame(why="it goes on before it says where")
+            else:
+                self.receiver.received(body)
+                self._taken += 1
+                self._unacknowledged += len(body)
             if self._closing:
                 break
-        return self._tls.more
+        if self._unacknowledged >= ACK_BYTES or self._taken - self._acknowledged >= ACK_MESSAGES:
+            self._acknowledged, self._unacknowledged = self._taken, 0
+            self._outbox.say(_COUNT.pack(ACK, self._taken))
+        if self._outbox.overdue:
+            raise BadFrame(why="the peer does not acknowledge")
+        return tls.more
+
+    def _heed(self, body: memoryview) -> None:
+        """Do what a message of the peer's link says."""
+        kind = body[0]
+        if kind == BYE:
+            said = bytes(body[1 : 1 + WHY_MAX]).decode(errors="replace")
+            raise EOFError(f"the peer closed the link: {said}" if said else "the peer closed the link")
+        if len(body) != _COUNT.size or kind not in (ACK, RESUME, PROBE, ECHO):
+            raise BadFrame(why=f"a message of kind {kind} that no link sends")
+        _, count = _COUNT.unpack(body)
+        if kind == RESUME:
+            if not self._resuming:
+                raise BadFrame(why="it goes on where nothing was interrupted")
+            self._outbox.resume(count)
+            self._resuming = False
+        elif kind == ACK:
+            self._outbox.acknowledge(count)
+        elif kind == PROBE:
+            self._outbox.say(_COUNT.pack(ECHO, count))
+        elif (probe := self._probes.pop(count, None)) is not None:
+            self.delay = time.monotonic() - probe[0]
+            if probe[1] is not None:
+                probe[1](self.delay)

@@ -11,6 +11,10 @@ import enum
 import ipaddress
 from collections.abc import Iterable
 
+import attrs
+
+from p2pgrid.ids import PeerId
+
 Address = tuple[str, int]
 """An IP address in text, and a TCP port."""
 
@@ -19,12 +23,33 @@ ADDRESSES_MAX = 16
 
 
 class Way(enum.Enum):
-    """How a link came about."""
+    """How a link's present path came about; the better, the earlier."""
 
     DIRECT = "direct"
     """The side that wanted it dialled."""
     REVERSE = "reverse"
     """The other side was asked to dial."""
+    PUNCHED = "punched"
+    """Both dialled at once, through what stood between."""
+    RELAYED = "relayed"
+    """A third node passes sealed bytes on."""
+
+    @property
+    def rank(self) -> int:
+        """0 is the best; a path is left for one of a smaller rank only, while it works."""
+        return _RANKS[self]
+
+
+_RANKS = {Way.DIRECT: 0, Way.REVERSE: 0, Way.PUNCHED: 1, Way.RELAYED: 2}
+
+
+@attrs.frozen
+class Circuit:
+    """A way to a peer through a relay."""
+
+    relay: PeerId
+    address: Address
+    """Where the relay takes links."""
 
 
 def parse_address(text: str) -> Address | None:
@@ -73,6 +98,21 @@ def from_multiaddr(text: str) -> Address | None:
         case ["", "ip4" | "ip6", host, "tcp", port, "tls"]:
             return parse_address(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     return None
+
+
+def circuit_to_multiaddr(circuit: Circuit) -> str:
+    """`/ip4/192.0.2.1/tcp/7/tls/p2p/RELAY/p2p-circuit`."""
+    return f"{to_multiaddr(circuit.address)}/p2p/{circuit.relay}/p2p-circuit"
+
+
+def circuit_from_multiaddr(text: str) -> Circuit | None:
+    """The circuit in such a multiaddr; None for any other."""
+    base, p2p, rest = text.partition("/p2p/")
+    relay, _, last = rest.partition("/")
+    address = from_multiaddr(base)
+    if not p2p or not relay or last != "p2p-circuit" or address is None:
+        return None
+    return Circuit(PeerId(relay), address)
 
 
 def hosts_of(multiaddrs: Iterable[str]) -> list[str]:

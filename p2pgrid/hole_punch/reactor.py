@@ -41,8 +41,16 @@ def reactors_wanted() -> int:
 class Turned(Protocol):
     """What has turns: a link.  Both calls come in the reactor's thread."""
 
+    @property
+    def over(self) -> bool:
+        """Whether it had its last turn."""
+        ...
+
     def fileno(self) -> int:
-        """Of its socket; less than 0 when it has ended."""
+        """Of its socket, which may be another one after a turn; less than 0 while it has none.
+
+        A socket is closed in a later turn than the one in which it was given up.
+        """
         ...
 
     def turn(self, readable: bool) -> Next | None:
@@ -64,8 +72,8 @@ class Reactor:
         self._woken.setblocking(False)
         self._selector.register(self._woken, READ)
         self._inbox: collections.deque[Turned] = collections.deque()
-        self._watched: dict[Turned, int] = {}
-        """What each link's socket is watched for."""
+        self._watched: dict[Turned, tuple[int, int]] = {}
+        """Each link's socket, and what it is watched for."""
         self._timers: list[tuple[float, int, Turned]] = []
         self._due: dict[Turned, float] = {}
         """When each link wants a turn; a timer of another time is void."""
@@ -143,22 +151,22 @@ class Reactor:
 
     def _turn(self, link: Turned, readable: bool) -> None:
         if link not in self._watched:
-            if link.fileno() < 0:
+            if link.over:
                 return  # called once more after its end
-            self._watched[link] = 0
+            self._watched[link] = -1, 0
         self._turning = link
         then = link.turn(readable)
         self._turning = None
         if then is None:
-            if self._watched[link]:
-                self._watch(link, 0)
+            self._watch(link, -1, 0)
             del self._watched[link]
             self._due.pop(link, None)
             link.end("")
             return
         again, wait, wanted = then
-        if wanted != self._watched[link]:
-            self._watch(link, wanted)
+        fd = link.fileno()
+        if (fd, wanted) != self._watched[link]:
+            self._watch(link, fd, wanted)
         if again:
             self._again[link] = None
         if wait is None or again:
@@ -168,12 +176,15 @@ class Reactor:
             self._due[link] = at = time.monotonic() + wait
             heapq.heappush(self._timers, (at, self._order, link))
 
-    def _watch(self, link: Turned, wanted: int) -> None:
+    def _watch(self, link: Turned, fd: int, wanted: int) -> None:
         """A selector watches for something or does not know the socket."""
-        before, self._watched[link] = self._watched[link], wanted
-        if not before:
-            self._selector.register(link.fileno(), wanted, link)
+        if fd < 0:
+            wanted = 0
+        (fd_before, before), self._watched[link] = self._watched[link], (fd, wanted)
+        if before and (fd != fd_before or not wanted):
+            self._selector.unregister(fd_before)
+            before = 0
+        if before:
+            self._selector.modify(fd, wanted, link)
         elif wanted:
-            self._selector.modify(link.fileno(), wanted, link)
-        else:
-            self._selector.unregister(link.fileno())
+            self._selector.register(fd, wanted, link)

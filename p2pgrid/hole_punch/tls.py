@@ -12,6 +12,7 @@ Nothing here waits; not thread-safe.  Its errors are `OSError`, of which `ssl.SS
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import ssl
@@ -41,6 +42,12 @@ class Tls:
     def close(self) -> None:
         self.socket.close()
 
+    def end(self) -> None:
+        """Tell the other side that this is the end, if the socket takes it now; not more than that."""
+        with contextlib.suppress(ssl.SSLError):  # it wants to hear the other side say so, too
+            self._tls.unwrap()
+        self.flush()
+
     @property
     def certificate(self) -> bytes | None:
         """What the other side showed, in DER."""
@@ -66,13 +73,19 @@ class Tls:
     def read(self, view: memoryview, most: int = READ) -> int:
         """Fill `view` with what has come, at most `most` bytes of it from the socket; 0: nothing yet.
 
-        Raises `EOFError` at the end of the stream.
+        Raises `EOFError` at the end of the stream; with a word of it where the other side ended it in
+        good order, with none where the connection just ended.
         """
         got, size = 0, len(view)
         self.more, taken = True, False
         while got < size:
             try:
-                got += self._tls.read(size - got, view[got:])  # type: ignore[operator]
+                count: int = self._tls.read(size - got, view[got:])  # type: ignore[assignment]
+                if count == 0:  # the other side has said that this is the end
+                    if got:
+                        break  # it is found again by the next call
+                    raise EOFError("the peer closed the link")
+                got += count
             except ssl.SSLWantReadError:
                 if taken or got:  # the rest another time: what came is still in the processor's cache
                     break
@@ -81,8 +94,6 @@ class Tls:
                 except BlockingIOError:
                     self.more = False
                     break
-            except ssl.SSLZeroReturnError:
-                raise EOFError from None
         else:
             self.more = True
         return got

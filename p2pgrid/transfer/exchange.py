@@ -19,6 +19,7 @@ from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import Conflict, Unreachable
 from p2pgrid.hole_punch.bulk import Link, Links, open_links
+from p2pgrid.hole_punch.greeting import Allow
 from p2pgrid.hole_punch.path import Address
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.net import Index, Network
@@ -40,7 +41,6 @@ class Exchange:
         network: Network,
         index: Index,
         store: Store,
-        allow: Callable[[PeerId], bool],
         rng: random.Random,
         origins: Sequence[str],
     ) -> None:
@@ -50,7 +50,6 @@ class Exchange:
         self.origins = origins
         self.links: Links
         self._network = network
-        self._allow = allow
         self._rng = rng
         self._token = trio.lowlevel.current_trio_token()
         self._audience = Audience()
@@ -136,7 +135,7 @@ class Exchange:
         return session
 
     def allowed(self, peer: PeerId) -> bool:
-        return peer != self._network.me and self._allow(peer)
+        return peer != self._network.me
 
     def learn(self, peer: PeerId, addresses: Iterable[str]) -> None:
         addresses = list(addresses)
@@ -216,17 +215,18 @@ async def open_exchange(
     store: Store,
     listen: Sequence[Address] = (("0.0.0.0", 0),),
     *,
-    allow: Callable[[PeerId], bool] = lambda peer: True,
+    allow: Allow = lambda peer, membership: "",
+    membership: Callable[[], bytes] = lambda: b"",
     rng: random.Random | None = None,
     origins: Sequence[str] = (),
 ) -> AsyncIterator[Exchange]:
-    """Seed what `store` holds, and fetch, while inside.  `allow` says who is a member, `origins`
-    (`origin.py`) where to ask when no peer has something.
+    """Seed what `store` holds, and fetch, while inside.  `allow` says who is welcome, `membership` what we
+    show of ourselves, `origins` (`origin.py`) where to ask when no peer has something.
 
     On leaving, all links are closed and no thread is left; leave fetches before.
     """
-    exchange = Exchange(network, index, store, allow, rng or random.Random(), origins)
-    async with open_links(network, listen, exchange._receive, allow) as exchange.links:
+    exchange = Exchange(network, index, store, rng or random.Random(), origins)
+    async with open_links(network, listen, exchange._receive, allow, membership) as exchange.links:
         yield exchange
 
 

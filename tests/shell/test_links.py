@@ -18,19 +18,22 @@ import pytest
 import trio
 
 from p2pgrid.errors import BadFrame, Unreachable
-from p2pgrid.hole_punch import bulk, greeting
+from p2pgrid.hole_punch import bulk, doors, greeting
 from p2pgrid.hole_punch.bulk import Link, Links, Way, open_links
 from p2pgrid.hole_punch.certificate import Certificate
 from p2pgrid.hole_punch.framing import MESSAGE_MAX
-from p2pgrid.hole_punch.greeting import Greeting, Hello, Verdict, Welcome
+from p2pgrid.hole_punch.greeting import Allow, Greeting, Hello, Verdict, Welcome
 from p2pgrid.hole_punch.link import LOW, QUEUE_MAX
 from p2pgrid.hole_punch.path import Address
 from p2pgrid.hole_punch.rates import FILL, RECORD, Limits
+from p2pgrid.hole_punch.switchboard import Switchboard
 from p2pgrid.hole_punch.tls import Tls
 from p2pgrid.ids import PeerId, digest
 from tests.memory_network import MemoryNetwork, MemoryWorld, open_world
 
 LOOPBACK = (("127.0.0.1", 0),)
+TEXT = range(40, 256)
+"""The kinds of messages that begin with a letter or a number in ASCII."""
 
 
 class Inbox:
@@ -64,7 +67,9 @@ Opened = tuple[MemoryNetwork, Links, Inbox]
 
 @contextlib.asynccontextmanager
 async def open_two(
-    one: Sequence[Address] = LOOPBACK, two: Sequence[Address] = LOOPBACK, **allow: Callable[[PeerId], bool]
+    one: Sequence[Address] = LOOPBACK,
+    two: Sequence[Address] = LOOPBACK,
+    **allow: Allow,
 ) -> AsyncIterator[tuple[Opened, Opened, MemoryWorld]]:
     with trio.fail_after(20):
         async with open_world() as world:
@@ -72,7 +77,9 @@ async def open_two(
             a.learn(b.me, b.addresses)
             b.learn(a.me, a.addresses)
             here, there = Inbox(), Inbox()
-            async with open_links(a, one, here) as links, open_links(b, two, there, **allow) as others:
+            async with open_links(a, one) as links, open_links(b, two, **allow) as others:
+                links.serve(TEXT, here)
+                others.serve(TEXT, there)
                 yield (a, links, here), (b, others, there), world
 
 
@@ -131,7 +138,7 @@ async def test_a_link_that_is_lost_is_told_at_both_ends_and_made_anew() -> None:
         link = await links.link(b.me)
         there.links[0].close("enough")
         assert await there.why.receive() == "enough"
-        assert await here.why.receive() == "the peer closed the link"
+        assert await here.why.receive() == "the peer closed the link: enough"
         again = await links.link(b.me)
         assert again is not link
         again.send(b"1")
@@ -154,7 +161,7 @@ async def test_a_reader_that_does_not_read_is_not_waited_for() -> None:
         link = await links.link(b.me)
         try:
             while link.live:
-                link.send(bytes(LOW // 2))
+                link.send(b"x" * (LOW // 2))
                 assert link.queued <= QUEUE_MAX + LOW
                 await trio.lowlevel.checkpoint()
         finally:
@@ -169,7 +176,7 @@ async def test_a_capped_sender_takes_its_time(limits: Limits) -> None:
         link = await links.link(b.me)
         began = time.monotonic()
         for _ in range(8):
-            link.send(bytes(LOW))
+            link.send(b"x" * LOW)
             await there.messages.receive()
         # Less than one second's worth may be owed at the end; how much longer it takes is not ours to say.
         assert time.monotonic() - began > (8 * LOW - RECORD) / 4e6 - FILL
@@ -181,7 +188,7 @@ async def test_a_capped_reader_takes_its_time_and_still_sends_at_once() -> None:
         link = await links.link(b.me)
         began = time.monotonic()
         for _ in range(4):
-            link.send(bytes(LOW))
+            link.send(b"x" * LOW)
         while not there.links:
             await trio.lowlevel.checkpoint()
         there.links[0].send(b"still here")
@@ -207,7 +214,7 @@ async def test_a_paused_node_has_no_links_until_it_goes_on() -> None:
 
 
 async def test_only_members_get_links() -> None:
-    async with open_two(allow=lambda peer: False) as ((a, links, _), (b, others, _), _):
+    async with open_two(allow=lambda peer, membership: "not a member") as ((a, links, _), (b, others, _), _):
         with pytest.raises(Unreachable, match="not a member"):
             await links.link(b.me)
         with pytest.raises(Unreachable, match="not a member"):
@@ -259,7 +266,9 @@ async def test_who_proves_its_name_gets_a_link_and_no_one_else() -> None:
             b"noise that is no greeting at all",
             (2**31).to_bytes(4, "big"),
         ]
-        assert await stranger.hears(port, keep) == Verdict()
+        verdict = await stranger.hears(port, keep)
+        assert verdict is not None
+        assert verdict.why == ""
         assert [link.peer for link in there.links] == [me]
         for hello in wrong:
             assert await stranger.hears(port, hello) is None
@@ -304,7 +313,7 @@ async def test_where_nobody_is_any_more_it_is_asked_again() -> None:
 
 
 async def test_strangers_cost_little_and_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "HANDSHAKE_PATIENCE", 0.3)
+    monkeypatch.setattr(doors, "HANDSHAKE_PATIENCE", 0.3)
     async with open_two() as ((_, links, _), (b, others, there), _):
         strangers = [await trio.open_tcp_stream("127.0.0.1", others.bound[0][1]) for _ in range(50)]
         for place, stranger in enumerate(strangers):
@@ -323,9 +332,13 @@ async def test_strangers_cost_little_and_are_dropped(monkeypatch: pytest.MonkeyP
 async def test_silent_strangers_keep_nobody_out() -> None:
     """However long one of them may stay, a peer that greets gets its link."""
     async with open_two() as ((_, links, _), (b, others, _), _), contextlib.AsyncExitStack() as stack:
-        for _ in range(2 * bulk.HANDSHAKES_MAX):
+        for _ in range(2 * doors.HANDSHAKES_MAX):
             stack.push_async_callback((await trio.open_tcp_stream("127.0.0.1", others.bound[0][1])).aclose)
         assert (await links.link(b.me)).live
+
+
+def serves(board: Switchboard, inbox: Inbox) -> bool:
+    return board.services[TEXT] is inbox
 
 
 def full(*args: object, **more: object) -> NoReturn:
@@ -342,9 +355,9 @@ async def test_no_descriptor_left_costs_one_attempt_and_nothing_else(
         with monkeypatch.context() as patch:
             match what:
                 case "Link of the dialler":
-                    patch.setattr(bulk, "Link", lambda *a: full() if a[3] is here else Link(*a))
+                    patch.setattr(bulk, "Link", lambda *a: full() if serves(a[3], here) else Link(*a))
                 case "Link of the other":
-                    patch.setattr(bulk, "Link", lambda *a: full() if a[3] is there else Link(*a))
+                    patch.setattr(bulk, "Link", lambda *a: full() if serves(a[3], there) else Link(*a))
                 case "context":
                     patch.setattr(Tls, "__init__", full)
                 case "socket":
