@@ -72,7 +72,7 @@ def test_a_job_runs_on_workers_that_nobody_can_reach(world: Lab, tmp_path: Path)
         homes = [tmp_path / f"home{n}" for n in (1, 2)]
         for home in homes:
             words = ("join", ticket, "--yes", "--foreground", "--name", home.name, "--data-dir", str(home))
-            running.enter_context(daemon(world.home(), "p2pgrid.node.cli", *words))
+            running.enter_context(daemon(world.home().space, "p2pgrid.node.cli", *words))
         p2pgrid(hub, "put", str(tmp_path / "disk.raw"))
         job = p2pgrid(hub, "run", "--script", str(script), "--array", "0-3", "--ram", "64M",
                       "--scratch", "64M", "-o", str(tmp_path / "out"))  # fmt: skip
