@@ -74,6 +74,9 @@ class Calls(ABC):
     async def beat(self, beat: m.Beat) -> m.Orders:
         return await self._ask(beat, m.Orders)
 
+    async def revocations(self) -> m.RevocationList:
+        return await self._ask(m.Revocations(), m.RevocationList)
+
     async def leave(self) -> None:
         await self._ask(m.Leave(), m.Done)
 

@@ -19,10 +19,12 @@ from time import time
 from typing import Any
 
 import attrs
+import msgspec
 import structlog
 import trio
 
 from p2pgrid.errors import BadFrame, GridError, Unreachable
+from p2pgrid.hole_punch.membership import Membership, issue
 from p2pgrid.ids import PeerId
 from p2pgrid.machine import Tick
 from p2pgrid.net import Channel, Network
@@ -57,8 +59,15 @@ class _Waiting:
 class Desk:
     """Where calls come in, from the network and from this process."""
 
-    def __init__(self, verify: Verify, clock: Callable[[], float], chance: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        verify: Verify,
+        seal: Callable[[PeerId, m.Welcome], m.Welcome],
+        clock: Callable[[], float],
+        chance: Callable[[int], bytes],
+    ) -> None:
         self._verify = verify
+        self._seal = seal
         self._clock = clock
         self._chance = chance
         self._post, self.inbox = trio.open_memory_channel[Event](INBOX_MAX)
@@ -91,7 +100,8 @@ class Desk:
         finally:
             del self._waiting[call]
         assert waiting.reply is not None
-        return waiting.reply
+        reply = waiting.reply
+        return self._seal(peer, reply) if isinstance(reply, m.Welcome) else reply
 
     def deliver(self, call: int, reply: m.Reply) -> bool:
         """Give the caller its reply; False where nobody waits any more."""
@@ -143,7 +153,15 @@ async def serve_coordinator(
     With `check`, every invariant is asserted after each turn.
     """
     started, ticked = clock(), trio.current_time()
-    desk = Desk(verify, clock, chance)
+    rules = rules or Rules()
+
+    def seal(peer: PeerId, welcome: m.Welcome) -> m.Welcome:
+        """With the membership that goes with it: only here is a key to sign it."""
+        until = welcome.now + rules.membership
+        shown = issue(Membership(owner, peer, tuple(welcome.roles), welcome.now, until), network.sign)
+        return msgspec.structs.replace(welcome, membership=shown)
+
+    desk = Desk(verify, seal, clock, chance)
     schedule = Schedule(owner, await ledger.load(), started, rules)
     network.serve(m.PROTOCOL, desk.serve)
     task_status.started(desk)

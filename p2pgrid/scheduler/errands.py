@@ -25,7 +25,8 @@ from p2pgrid.scheduler.work import Work
 
 def gist(orders: Orders) -> object:
     """What of `orders` is news where it changes: not the providers."""
-    return [(w.datum, w.task, w.epoch) for w in orders.hold], orders.drop, orders.stop
+    hold = [(w.datum, w.task, w.epoch) for w in orders.hold]
+    return hold, orders.drop, orders.stop, orders.revocations
 
 
 class Errands:

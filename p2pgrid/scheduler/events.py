@@ -29,6 +29,8 @@ class Rules:
     """In which a submitter's node that is online must have come nearer to a result."""
     inputs_grace: float = 300.0
     """After the put of a job's inputs, in which they are kept for a job that is about to be submitted."""
+    membership: float = 7 * 86400.0
+    """For which a membership that is issued holds."""
     fairness: float = 60.0
     """Age at which a task is no longer passed over for one whose disk is at hand."""
 

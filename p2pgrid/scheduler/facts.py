@@ -27,6 +27,8 @@ class Member:
     """Role to the id of the ticket."""
     shares: tuple[str, ...]
     joined: float
+    revoked: float = 0.0
+    """When a role was last taken from it: memberships issued until then are void."""
 
 
 @attrs.frozen

@@ -23,10 +23,10 @@ from p2pgrid.scheduler.facts import DatumRow, LedgerStuck, Member, Past, Row, To
 from p2pgrid.scheduler.job import Job, JobSpec, Outcome, Task
 from p2pgrid.scheduler.messages import DatumRecord
 
-SCHEMA = 1
+SCHEMA = 2
 _TABLES = """
 CREATE TABLE member (peer TEXT PRIMARY KEY, name TEXT NOT NULL, roles BLOB NOT NULL,
-    shares BLOB NOT NULL, joined REAL NOT NULL) STRICT;
+    shares BLOB NOT NULL, joined REAL NOT NULL, revoked REAL NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE token_use (token TEXT NOT NULL, peer TEXT NOT NULL, PRIMARY KEY (token, peer)) STRICT;
 CREATE TABLE token_revoked (token TEXT PRIMARY KEY) STRICT;
 CREATE TABLE datum (place INTEGER PRIMARY KEY AUTOINCREMENT, cid TEXT NOT NULL UNIQUE, record BLOB NOT NULL,
@@ -39,7 +39,8 @@ CREATE TABLE task (id TEXT PRIMARY KEY, job TEXT NOT NULL REFERENCES job (id), i
     outcome BLOB, started REAL NOT NULL, reported REAL NOT NULL, ended REAL NOT NULL, reason TEXT NOT NULL,
     UNIQUE (job, idx)) STRICT;
 """
-_MEMBER = "INSERT OR REPLACE INTO member VALUES (?, ?, ?, ?, ?)"
+_SINCE_1 = "ALTER TABLE member ADD COLUMN revoked REAL NOT NULL DEFAULT 0"
+_MEMBER = "INSERT OR REPLACE INTO member VALUES (?, ?, ?, ?, ?, ?)"
 _USE = "INSERT OR IGNORE INTO token_use VALUES (?, ?)"
 _REVOKED = "INSERT OR IGNORE INTO token_revoked VALUES (?)"
 _DATUM = "INSERT OR REPLACE INTO datum (cid, record, submitter, created, forgotten) VALUES (?, ?, ?, ?, ?)"
@@ -72,14 +73,14 @@ class SqliteLedger:
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
             with self._db:
                 version = self._db.pragma("user_version")
-                if version == 0:
-                    self._db.execute(_TABLES)
+                if version < SCHEMA:
+                    self._db.execute(_TABLES if version == 0 else _SINCE_1)
                     self._db.execute(f"PRAGMA user_version={SCHEMA}")
         except apsw.BusyError:
             raise Misconfigured(why=f"another coordinator has {path} open") from None
         except (apsw.NotADBError, apsw.CorruptError, apsw.CantOpenError, apsw.SQLError) as broken:
             raise Misconfigured(why=f"{path} cannot be used as a ledger: {broken}") from None
-        if version not in (0, SCHEMA):
+        if version > SCHEMA:
             self._db.close()
             raise Misconfigured(why=f"{path} was written by a newer p2pgrid (schema {version}, not {SCHEMA})")
 
@@ -120,9 +121,14 @@ class SqliteLedger:
         )
 
 
-def _member(peer: str, name: str, roles: bytes, shares: bytes, joined: float) -> Member:
+def _member(peer: str, name: str, roles: bytes, shares: bytes, joined: float, revoked: float) -> Member:
     return Member(
-        PeerId(peer), name, _unpack(roles, type=dict[str, str]), _unpack(shares, type=tuple[str, ...]), joined
+        PeerId(peer),
+        name,
+        _unpack(roles, type=dict[str, str]),
+        _unpack(shares, type=tuple[str, ...]),
+        joined,
+        revoked,
     )
 
 
@@ -136,7 +142,8 @@ def _task(*row: Any) -> Task:
 def _statement(row: Row) -> tuple[str, tuple[Any, ...]]:
     match row:
         case Member():
-            return _MEMBER, (row.peer, row.name, _pack(row.roles), _pack(row.shares), row.joined)
+            roles, shares = _pack(row.roles), _pack(row.shares)
+            return _MEMBER, (row.peer, row.name, roles, shares, row.joined, row.revoked)
         case TokenUse():
             return _USE, (row.token, row.peer)
         case TokenRevoked():

@@ -3,6 +3,9 @@
 Pure.  The owner is a member with every role, without a ticket and for ever.  A ticket is
 verified before it comes here; here its uses are counted, one for each peer however often
 that peer joins, and a revoked one counts no longer.
+
+A membership that a node can show (`membership.md`) outlives its end here: whoever lost a role is
+told of as long as what was issued to it before could still be taken.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import attrs
+from msgspec.msgpack import encode
 
 from p2pgrid.errors import NotAuthorised
-from p2pgrid.ids import PeerId
+from p2pgrid.ids import PeerId, digest
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.facts import Member, Past, Row, TokenRevoked, TokenUse
 
@@ -43,8 +47,10 @@ class Admission(Protocol):
 class Members:
     """Members by peer."""
 
-    def __init__(self, owner: PeerId, past: Past, rows: list[Row], now: float) -> None:
+    def __init__(self, owner: PeerId, past: Past, rows: list[Row], now: float, told: float) -> None:
+        """`told`: seconds for which a revocation counts."""
         self.owner = owner
+        self._told = told
         self._rows = rows
         self._members = {member.peer: member for member in past.members}
         self._members.setdefault(owner, Member(owner, "coordinator", {}, (), now))
@@ -52,6 +58,8 @@ class Members:
         self._uses: dict[str, dict[PeerId, None]] = {}
         for use in past.uses:
             self._uses.setdefault(use.token, {})[use.peer] = None
+        self.revocations = m.RevocationList("")
+        self._list_revocations(now)
 
     def __iter__(self) -> Iterator[PeerId]:
         return iter(self._members)
@@ -91,7 +99,8 @@ class Members:
         elif not self.roles(peer):
             raise NotAuthorised(why="a new member needs a ticket")
         name = request.name or (member.name if member else peer[-8:])
-        joined = Member(peer, name, roles, request.shares, member.joined if member else now)
+        since, revoked = (member.joined, member.revoked) if member else (now, 0.0)
+        joined = Member(peer, name, roles, request.shares, since, revoked)
         if joined != member:
             self._members[peer] = joined
             self._rows.append(joined)
@@ -110,14 +119,29 @@ class Members:
         self._uses[admission.token_id] = users | {peer: None}
         self._rows.append(TokenUse(admission.token_id, peer))
 
-    def dismiss(self, peer: PeerId) -> None:
+    def dismiss(self, peer: PeerId, now: float) -> None:
         """End a membership."""
-        self._members[peer] = attrs.evolve(self._members[peer], roles={})
-        self._rows.append(self._members[peer])
+        self._void(peer, now, roles={})
+        self._list_revocations(now)
 
-    def revoke(self, token: str) -> list[PeerId]:
+    def revoke(self, token: str, now: float) -> list[PeerId]:
         """Refuse a ticket from now on; those who joined with it."""
+        peers = [peer for peer, member in self._members.items() if token in member.roles.values()]
         if token not in self._revoked:
             self._revoked.add(token)
             self._rows.append(TokenRevoked(token))
-        return [peer for peer, member in self._members.items() if token in member.roles.values()]
+            for peer in peers:
+                self._void(peer, now)
+            self._list_revocations(now)
+        return peers
+
+    def _void(self, peer: PeerId, now: float, **change: Any) -> None:
+        self._members[peer] = attrs.evolve(self._members[peer], revoked=now, **change)
+        self._rows.append(self._members[peer])
+
+    def _list_revocations(self, now: float) -> None:
+        """Only where something changed: of what is out of date nobody need be told."""
+        lately = [member for member in self._members.values() if member.revoked > max(0.0, now - self._told)]
+        lately.sort(key=lambda member: (member.revoked, member.peer))
+        told = tuple(m.Revocation(member.peer, member.revoked) for member in lately[-m.REVOCATIONS_MAX :])
+        self.revocations = m.RevocationList(digest(encode(told))[:8].hex() if told else "", told)

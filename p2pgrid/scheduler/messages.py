@@ -24,6 +24,7 @@ from msgspec import Meta
 
 from p2pgrid import errors
 from p2pgrid.errors import GridError
+from p2pgrid.hole_punch.membership import MEMBERSHIP_MAX
 from p2pgrid.scheduler.job import (
     Bytes,
     CidText,
@@ -52,6 +53,8 @@ DROP_MAX = 1024
 """Data, and tasks, that one answer takes back."""
 ADDRESSES_MAX = 8
 """Addresses that a node tells of itself."""
+REVOCATIONS_MAX = 4096
+"""Revocations that are told: the newest."""
 PROVIDERS_MAX = 8
 """Peers named with a datum to fetch; `Providers` tells up to 64."""
 
@@ -64,6 +67,8 @@ Id = Annotated[str, Meta(pattern="^[!-~]+$", min_length=1, max_length=64)]
 Epoch = Annotated[int, Meta(ge=1, le=1 << 62)]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Patience = Annotated[float, Meta(ge=0, le=PATIENCE_MAX)]
+Time = Annotated[float, Meta(ge=0, lt=1e11)]
+"""Seconds since 1970."""
 Role = Literal["worker", "submitter", "coordinator"]
 
 
@@ -266,9 +271,13 @@ class Revoke(Message, frozen=True):
     token: Id
 
 
+class Revocations(Message, frozen=True):
+    """Whose memberships are void before they expire."""
+
+
 Request = (
     Join | Beat | Pull | Renew | Report | Leave | Submit | Collect | Watch | Jobs | Cancel
-    | Put | Draft | Forget | Data | Datum | Providers | Nodes | Revoke
+    | Put | Draft | Forget | Data | Datum | Providers | Nodes | Revoke | Revocations
 )  # fmt: skip
 
 
@@ -309,6 +318,10 @@ class Welcome(Message, frozen=True):
     coordinator: Peer
     beat_interval: Seconds
     lease_ttl: Seconds
+    now: Time = 0.0
+    """By the coordinator's clock."""
+    membership: Annotated[bytes, Meta(max_length=MEMBERSHIP_MAX)] = b""
+    """To show others (`membership.md`)."""
 
 
 class Orders(Message, frozen=True):
@@ -319,6 +332,10 @@ class Orders(Message, frozen=True):
     stop: Annotated[tuple[Id, ...], Meta(max_length=DROP_MAX)] = ()
     """Tasks whose lease was taken back."""
     interval: Seconds = 5.0
+    now: Time = 0.0
+    """By the coordinator's clock."""
+    revocations: Annotated[str, Meta(max_length=64)] = ""
+    """The revision of those that count now; empty: there are none."""
 
 
 class Grant(Message, frozen=True):
@@ -461,6 +478,20 @@ class NodeList(Message, frozen=True):
     more: bool = False
 
 
+class Revocation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What was issued to `peer` up to `at` is void."""
+
+    peer: Peer
+    at: Time
+
+
+class RevocationList(Message, frozen=True):
+    """Those that count at this revision."""
+
+    revision: Annotated[str, Meta(max_length=64)]
+    revocations: Annotated[tuple[Revocation, ...], Meta(max_length=REVOCATIONS_MAX)] = ()
+
+
 class Failure(Message, frozen=True):
     """The call was refused: the class of the error, and its facts in a sentence."""
 
@@ -470,7 +501,7 @@ class Failure(Message, frozen=True):
 
 Reply = (
     Welcome | Orders | Grant | Nothing | Lease | Done | JobView | JobList | DatumView | DataList
-    | ProviderList | NodeList | Failure
+    | ProviderList | NodeList | RevocationList | Failure
 )  # fmt: skip
 
 

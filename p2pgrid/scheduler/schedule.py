@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from p2pgrid.errors import Conflict, GridError, NotAuthorised
+from p2pgrid.hole_punch.membership import ALLOWANCE_MAX
 from p2pgrid.ids import PeerId
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.catalogue import Catalogue
@@ -45,7 +46,7 @@ class Schedule:
         self.rules = rules or Rules()
         self._rows: list[Row] = []
         self._answers: list[Answer] = []
-        self.members = Members(owner, past, self._rows, now)
+        self.members = Members(owner, past, self._rows, now, self.rules.membership + ALLOWANCE_MAX)
         self.roster = Roster()
         self.catalogue = Catalogue(past.data)
         self.drafts = Drafts()
@@ -114,9 +115,11 @@ class Schedule:
             case m.Join() as join:
                 return self._join(peer, join, event.admission, now)
             case m.Leave():
-                return self._leave(peer)
+                return self._leave(peer, now)
             case m.Revoke(token):
-                return self._revoke(token)
+                return self._revoke(token, now)
+            case m.Revocations():
+                return self.members.revocations
             case m.Beat() as beat:
                 return self._beat(event.call, peer, beat, now)
             case m.Pull() as pull:
@@ -165,19 +168,20 @@ class Schedule:
         self._heard(node, now)
         roles: tuple[Any, ...] = tuple(sorted(self.members.roles(peer)))
         rules = self.rules
-        return m.Welcome(roles, member.name, self.members.owner, rules.beat_interval, rules.lease_ttl)
+        return m.Welcome(roles, member.name, self.members.owner, rules.beat_interval, rules.lease_ttl, now)
 
-    def _leave(self, peer: PeerId) -> m.Reply:
+    def _leave(self, peer: PeerId, now: float) -> m.Reply:
         if peer == self.members.owner:
             raise Conflict(what="the membership of the grid's owner: it cannot leave")
-        self.members.dismiss(peer)
+        self.members.dismiss(peer, now)
         self._expel(peer, "its worker left the grid")
         return m.Done()
 
-    def _revoke(self, token: str) -> m.Reply:
-        for peer in self.members.revoke(token):
+    def _revoke(self, token: str, now: float) -> m.Reply:
+        for peer in self.members.revoke(token, now):
             if not self._note_role(peer).works:
                 self._expel(peer, "its worker's ticket was revoked")
+        self.roster.news |= dict.fromkeys(self._parking.beats)  # all refuse them from now on
         return m.Done()
 
     def _expel(self, peer: PeerId, why: str) -> None:
@@ -232,7 +236,7 @@ class Schedule:
         self._orphaned(gone)
         if peer in self._parking.beats:
             self._answer(self._parking.beats[peer], self._orders(node, now))
-        orders = self._errands.orders(node, now)
+        orders = self._ordered(node, now)
         if beat.patience and gist(orders) == node.told:
             self._parking.beat(self._parked(call, peer, beat, now))
             return None
@@ -262,7 +266,11 @@ class Schedule:
             self.work.abandon(task, f"its result could not be fetched from {where} in {waited}", now)
 
     def _orders(self, node: Node, now: float) -> m.Orders:
-        return self._tell(node, self._errands.orders(node, now))
+        return self._tell(node, self._ordered(node, now))
+
+    def _ordered(self, node: Node, now: float) -> m.Orders:
+        orders = self._errands.orders(node, now)
+        return msgspec.structs.replace(orders, now=now, revocations=self.members.revocations.revision)
 
     @staticmethod
     def _tell(node: Node, orders: m.Orders) -> m.Orders:
@@ -278,7 +286,7 @@ class Schedule:
             parked = self._parking.beats.get(peer)
             if parked is not None:
                 node = self.roster.node(peer)
-                orders = self._errands.orders(node, now)
+                orders = self._ordered(node, now)
                 if gist(orders) != node.told:
                     self._answer(parked, self._tell(node, orders))
         touched, self.work.touched = self.work.touched, {}

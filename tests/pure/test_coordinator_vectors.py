@@ -24,7 +24,7 @@ ANY = m.Request | m.Reply
 
 
 def test_the_page_has_vectors():
-    assert len(VECTORS) == 9
+    assert len(VECTORS) == 12
 
 
 @pytest.mark.parametrize(("spelled", "frame"), VECTORS, ids=[s.split("(")[0] for s, _ in VECTORS])
@@ -115,12 +115,13 @@ NODE = m.NodeView("p" * 128, WIDE * 128, ("worker", "submitter", "coordinator"),
                   running=("t" * 64,) * RUNNING_SHOWN, addresses=ADDRESSES, status=WIDE * 200)  # fmt: skip
 RECORD = m.DatumRecord(CID, "disk", CID, WIDE * 128, "f" * 16, 1 << 50, 1 << 50, 1 << 50, 1 << 20)
 LARGEST = [
-    m.Orders((WANTED,) * m.HOLD_MAX, (CID,) * m.DROP_MAX, ("t" * 64,) * m.DROP_MAX),
+    m.Orders((WANTED,) * m.HOLD_MAX, (CID,) * m.DROP_MAX, ("t" * 64,) * m.DROP_MAX, revocations="r" * 64),
     m.JobView("j" * 64, SPEC, "p" * 128, 1.0, "running", 1 << 62, {}, WIDE * 500, (TASK,) * m.PAGE),
     m.NodeList((NODE,) * m.PAGE),
     m.DataList((m.DatumView(RECORD, "p" * 128, 1.0),) * m.PAGE),
     m.JobList((m.JobRow("j" * 64, WIDE * 128, CID, "p" * 128, 1.0, "running", {}),) * m.PAGE),
     m.ProviderList((PROVIDER,) * 64),
+    m.RevocationList("r" * 64, (m.Revocation("p" * 128, 1e10),) * m.REVOCATIONS_MAX),
     m.Grant("t" * 64, 1, "j" * 64, 1, SPEC, "p" * 128, 1.0, WANTED, WANTED),
     m.Failure("c" * 64, WIDE * 1000),
 ]

@@ -12,12 +12,13 @@ import trio
 from trio.testing import MockClock
 
 from p2pgrid.errors import Conflict, Misconfigured, Misused, NotAuthorised, NotFound, Unreachable
+from p2pgrid.hole_punch.membership import read
 from p2pgrid.ids import Cid, PeerId, digest
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls, Coordinator
 from p2pgrid.scheduler.coordinator import Desk, serve_coordinator
 from p2pgrid.scheduler.events import Rules
-from p2pgrid.scheduler.facts import DatumRow, LedgerStuck, Past, Row, TokenUse
+from p2pgrid.scheduler.facts import DatumRow, LedgerStuck, Member, Past, Row, TokenUse
 from p2pgrid.scheduler.job import Gone, JobSpec, Outcome, ResultTree, Revoked
 from p2pgrid.scheduler.ledger import SqliteLedger
 from tests.memory_ledger import MemoryLedger
@@ -545,6 +546,39 @@ async def test_sqlite_keeps_what_memory_keeps(tmp_path: Path):
             attrs.asdict(r, recurse=False) for r in getattr(past, field)
         ]
     assert TokenUse("w", PeerId("ann")) in again.uses
+
+
+async def test_a_ledger_of_before_revocations_were_kept_is_taken_over(tmp_path: Path):
+    path = tmp_path / "grid.db"
+    ledger = SqliteLedger(path)
+    ledger._db.execute("ALTER TABLE member DROP COLUMN revoked; PRAGMA user_version=1").fetchall()
+    ledger._db.execute("INSERT INTO member VALUES ('ann', 'Ann', x'80', x'90', 5.0)").fetchall()
+    ledger.close()
+    for revoked in (0.0, 7.0):  # at once, and as what it is from then on
+        ledger = SqliteLedger(path)
+        (ann,) = (await ledger.load()).members
+        assert ann == Member(PeerId("ann"), "Ann", {}, (), 5.0, revoked)
+        await ledger.save([attrs.evolve(ann, revoked=7.0)])
+        ledger.close()
+
+
+async def test_who_joins_gets_a_membership_that_others_can_check(autojump_clock):
+    async with open_grid() as grid:
+        client = grid.client("ann")
+        verify = client._network.verify
+        first = await client.join("worker:w:", "ann")
+        shown = read(first.membership, OWNER, verify)
+        assert (shown.peer, shown.roles) == ("ann", ("worker",))
+        assert shown.issued == pytest.approx(first.now, abs=0.001)
+        assert shown.expires - shown.issued == pytest.approx(7 * 86400)
+        await trio.sleep(3600)
+        again = await client.join("", "ann")
+        assert again.now == pytest.approx(first.now + 3600)
+        assert read(again.membership, OWNER, verify).expires == pytest.approx(shown.expires + 3600)
+        assert (await client.beat(m.Beat())).now == pytest.approx(again.now)
+        await grid.owner().revoke("w")
+        with pytest.raises(NotAuthorised):
+            await client.join("", "ann")
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path):
