@@ -73,6 +73,8 @@ DIAL_PATIENCE = 3.0
 """Seconds to reach one of a peer's addresses; a host that is up answers in one round trip."""
 RELAY_DELAY = 0.3
 """Seconds that dialling a peer's own addresses is ahead of asking its relays."""
+RELAY_STAGGER = 0.2
+"""Seconds between two relays of one peer."""
 NEGOTIATION_PATIENCE = 12.0
 """Seconds for all of it: a dial, a dial back, and the messages between."""
 GREETING_PATIENCE = 5.0
@@ -87,9 +89,7 @@ STAGGER = 0.05
 """Seconds between the starts of dials to one peer, best address first."""
 
 Dial = Callable[[Circuit, PeerId], Awaitable[socket.socket]]
-"""Has a relay connect us with a peer.  Raises `PeerError`, `OSError`."""
-Made = Met | Verdict
-"""What a dial came to: somebody who is there, or why it wants no link."""
+"""Has a relay connect us with a peer.  Raises `Unreachable`, `PeerError`, `OSError`."""
 
 
 class Offer(msgspec.Struct, tag="offer", frozen=True):
@@ -121,6 +121,19 @@ class _Known:
 
     addresses: list[Address] = attrs.field(factory=list)
     circuits: list[Circuit] = attrs.field(factory=list)
+
+
+@attrs.define
+class _Attempt:
+    """Connections to one peer that are tried side by side.
+
+    They may be many; the greeting is one at a time, as whoever greets has the peer make a link of it.
+    """
+
+    made: Link | Verdict | None = None
+    """The link, or why the peer wants none."""
+    settled: trio.Event = attrs.field(factory=trio.Event)
+    turn: trio.Lock = attrs.field(factory=trio.Lock)
 
 
 class Links:
@@ -298,60 +311,36 @@ class Links:
         None where it is not found.
         """
         known = self._known.get(peer, _Known())
-        ready = trio.Event()
-        found: list[tuple[Made, Way, PeerId | None]] = []
-        said: list[Verdict] = []
-
-        async def direct() -> None:
-            made = await self._dial(peer, known.addresses)
-            take(made, Way.DIRECT, None)
-
-        async def relayed(circuit: Circuit, delay: float) -> None:
-            assert self.dial_circuit is not None
-            with trio.move_on_after(delay):
-                await direct_failed.wait()
-            try:
-                sock = await self.dial_circuit(circuit, peer)
-            except (PeerError, OSError) as wrong:
-                log.debug("no circuit", peer=peer, relay=circuit.relay, why=str(wrong))
-                return
-            take(await self._greet(sock, peer), Way.RELAYED, circuit.relay)
-
-        def take(made: Made | None, way: Way, via: PeerId | None) -> None:
-            if isinstance(made, Verdict):
-                said.append(made)
-            elif made is not None and not found:
-                found.append((made, way, via))
-                ready.set()
-            elif made is not None:
-                made.tls.close()
-
-        direct_failed = trio.Event()
+        attempt = _Attempt()
         async with trio.open_nursery() as nursery:
-
-            async def all_of_them() -> None:
-                async with trio.open_nursery() as dials:
-                    if known.addresses:
-
-                        async def first() -> None:
-                            await direct()
-                            direct_failed.set()
-
-                        dials.start_soon(first)
-                    else:
-                        direct_failed.set()
-                    for place, circuit in enumerate(known.circuits if self.dial_circuit else ()):
-                        dials.start_soon(relayed, circuit, RELAY_DELAY * (1 + place))
-                ready.set()
-
-            nursery.start_soon(all_of_them)
-            await ready.wait()
+            nursery.start_soon(self._try_all, peer, known, attempt)
+            await attempt.settled.wait()
             nursery.cancel_scope.cancel()
-        if not found:
-            return said[0] if said else None
-        met, way, via = found[0]
-        assert isinstance(met, Met)
-        return self._adopt(met, way, via)
+        return attempt.made
+
+    async def _try_all(self, peer: PeerId, known: _Known, attempt: _Attempt) -> None:
+        failed = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for place, circuit in enumerate(known.circuits if self.dial_circuit is not None else ()):
+                nursery.start_soon(self._try_relay, peer, circuit, place, failed, attempt)
+            if known.addresses:
+                await self._dial(peer, known.addresses, Way.DIRECT, attempt)
+            failed.set()
+        attempt.settled.set()
+
+    async def _try_relay(
+        self, peer: PeerId, circuit: Circuit, place: int, failed: trio.Event, attempt: _Attempt
+    ) -> None:
+        assert self.dial_circuit is not None
+        with trio.move_on_after(RELAY_DELAY):
+            await failed.wait()
+        await trio.sleep(place * RELAY_STAGGER)
+        try:
+            sock = await self.dial_circuit(circuit, peer)
+        except (PeerError, Unreachable, OSError) as wrong:
+            log.debug("no circuit", peer=peer, relay=circuit.relay, why=str(wrong))
+            return
+        await self._greet(sock, peer, Way.RELAYED, attempt, circuit.relay)
 
     async def _negotiate(self, peer: PeerId) -> Link:
         channel = await self._network.open(peer, PROTOCOL)
@@ -412,10 +401,9 @@ class Links:
             # It ends the channel when it has its link.
             await channel.receive(DialBack)
             self._hear(peer, offer.addresses)
-            made = await self._dial(peer, self._known.get(peer, _Known()).addresses)
-            if isinstance(made, Met):
-                self._adopt(made, Way.REVERSE)
-            await channel.send(Dialled(isinstance(made, Met)))
+            attempt = _Attempt()
+            await self._dial(peer, self._known.get(peer, _Known()).addresses, Way.REVERSE, attempt)
+            await channel.send(Dialled(isinstance(attempt.made, Link)))
         finally:
             if self._answering.get(peer) is done:
                 del self._answering[peer]
@@ -460,27 +448,50 @@ class Links:
         The side that `accepts` is TLS' server; which of both, they have agreed.  `sock` is closed where it
         comes to nothing.  Raises `Unreachable`.
         """
-        made: Link | Made | None = None
+        attempt = _Attempt()
         with trio.move_on_after(GREETING_PATIENCE):
             if not accepts:
-                made = await self._greet(sock, peer)
+                await self._greet(sock, peer, way, attempt, via)
             else:
                 caller = await self._greeting.accept(sock)
                 if caller is not None and caller.peer == peer:
-                    made = await self._take(caller, way, via)
+                    attempt.made = await self._take(caller, way, via)
                 elif caller is not None:
                     caller.tls.close()
-        if isinstance(made, Met):
-            made = self._adopt(made, way, via)
-        if not isinstance(made, Link):
-            sock.close()
-            raise Unreachable(who=peer, why=made.why if made is not None else "it did not greet us")
-        return made
+        if isinstance(attempt.made, Link):
+            return attempt.made
+        sock.close()
+        raise Unreachable(
+            who=peer, why=attempt.made.why if attempt.made is not None else "it did not greet us"
+        )
 
-    async def _greet(self, sock: socket.socket, peer: PeerId) -> Made | None:
-        link = self._links.get(peer)
-        session = link.session if link is not None and link.live else b""
-        return await self._greeting.dial(sock, peer, self._told(), session)
+    async def _greet(
+        self, sock: socket.socket, peer: PeerId, way: Way, attempt: _Attempt, via: PeerId | None = None
+    ) -> None:
+        """Say who we are, unless another connection of the attempt has come to something."""
+        try:
+            await attempt.turn.acquire()
+        except trio.Cancelled:
+            sock.close()
+            raise
+        try:
+            if attempt.settled.is_set():
+                sock.close()
+                return
+            link = self._links.get(peer)
+            session = link.session if link is not None and link.live else b""
+            met = await self._greeting.dial(sock, peer, self._told(), session)
+            if isinstance(met, Met):
+                try:
+                    attempt.made = self._adopt(met, way, via)
+                except OSError as full:  # or the peer is gone already
+                    attempt.made = Verdict(str(full))
+            elif met is not None:
+                attempt.made = met
+            if met is not None:
+                attempt.settled.set()
+        finally:
+            attempt.turn.release()
 
     async def _admit(self, sock: socket.socket) -> None:
         caller = await self._greeting.accept(sock)
@@ -558,14 +569,9 @@ class Links:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(reactor.run, limiter=self._threads)
 
-    async def _dial(self, peer: PeerId, addresses: Sequence[Address]) -> Made | None:
-        """Dial all of a peer's addresses, greet those that answer one by one, keep the first that is it.
-
-        Its verdict where it wants no link, None where it was not reached.
-        """
+    async def _dial(self, peer: PeerId, addresses: Sequence[Address], way: Way, attempt: _Attempt) -> None:
+        """Dial all of a peer's addresses, greet those that answer, until one is it."""
         send, answered = trio.open_memory_channel[socket.socket](len(addresses))
-        greeted: Made | None = None
-        reached: Address | None = None
         with trio.move_on_after(DIAL_PATIENCE):
             async with trio.open_nursery() as nursery:
                 with send:
@@ -574,14 +580,13 @@ class Links:
                         nursery.start_soon(connect, address, place * STAGGER, send.clone(), bound)
                 async for sock in answered:
                     reached = _far_end(sock)
-                    greeted = await self._greet(sock, peer)
-                    if greeted is not None:
+                    await self._greet(sock, peer, way, attempt)
+                    if attempt.settled.is_set():
+                        if isinstance(attempt.made, Link) and reached is not None:
+                            self._know(peer, [reached, *(a for a in addresses if a != reached)])
                         break
                 nursery.cancel_scope.cancel()
         discard(answered)
-        if isinstance(greeted, Met):
-            self._know(peer, [*filter(None, [reached]), *(a for a in addresses if a != reached)])
-        return greeted
 
     def _bound_for(self, peer: PeerId, address: Address) -> Address | None:
         """The listening address to dial from, if the peer is to see it."""
