@@ -129,7 +129,8 @@ class Link:
         self._coming: Path | None = None
         """The connection to go on over."""
         self._retired: list[Tls] = []
-        """Connections to be closed once the reactor does not watch them any more."""
+        """Connections to be closed once the reactor does not watch them any more, and the peer has left
+        them, too: it must not take their end for a loss."""
         self._tls: Tls | None = None
         self._resuming = False
         """Whether the peer has yet to say where it goes on."""
@@ -219,6 +220,8 @@ class Link:
         before, self._coming = self._coming, path
         if before is not None:
             before.tls.close()
+        if self._over:
+            path.tls.close()
         self._call(self)
 
     def probe(self, answered: Callable[[float], None] | None = None) -> None:
@@ -233,7 +236,7 @@ class Link:
     # --- in the reactor's thread ----------------------------------------------------------
 
     def turn(self, readable: bool) -> Next | None:
-        while self._retired:
+        while self._retired and not self._resuming:
             self._retired.pop().close()
         then: Next | None = (True, None, 0)  # where the connection is lost: it is closed in the next turn
         try:

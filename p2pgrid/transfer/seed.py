@@ -8,6 +8,7 @@ it knows of a pack.  A frame that turns out to be missing or rotten is refused, 
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -163,6 +164,7 @@ class Seeding:
         self._refusals: OrderedDict[tuple[int, int], None] = OrderedDict()  # a set of topic and index
         self._urgent: OrderedDict[tuple[int, int], Cid] = OrderedDict()  # topic and index, and the pack
         self._objects: deque[Cid] = deque()
+        self._slots: Slots[Link] | None = None
 
     def take(self, wish: Wish) -> None:
         match wish:
@@ -188,6 +190,10 @@ class Seeding:
         Returns the seconds after which there is more to send, if nothing else happens before.
         """
         slots, link, wait = self._audience.slots(self._link), self._link, None
+        if slots is not self._slots:  # perhaps its path is another one now
+            if self._slots is not None:
+                self._slots.leave(link)
+            self._slots = slots
         slots.update(link, link.queued, self._audience.now())
         self._send_urgent()
         while link.queued < link.low:
@@ -219,7 +225,8 @@ class Seeding:
     def end(self) -> None:
         for topic in list(self._topics):
             self._close(topic)
-        self._audience.slots(self._link).leave(self._link)
+        if self._slots is not None:
+            self._slots.leave(self._link)
 
     def _open(self, topic: int, pack: Cid) -> None:
         known = self._topics.setdefault(topic, _Topic(pack))
@@ -297,8 +304,19 @@ class Seeding:
         except (ChunkCorrupt, WorldError):
             self._link.send(*encode(Refuse(topic, index)))
             return
-        self._link.send(*encode(Frame(topic, index, frame)), bulk=bulk)
+        again = functools.partial(self._again, topic, pack, index)
+        self._link.send(*encode(Frame(topic, index, frame)), bulk=bulk, again=again)
         self._sent(len(frame))
+
+    def _again(self, topic: int, pack: Cid, index: int) -> tuple[bytes, ...] | None:
+        """The frame for another connection: what lies on the disk need not be kept until it has arrived."""
+        known, shelf = self._topics.get(topic), self._shelf(pack)
+        if known is None or known.pack != pack or shelf is None:
+            return None  # it is not wanted any more
+        try:
+            return encode(Frame(topic, index, shelf.get_frame(index)))
+        except (ChunkCorrupt, WorldError):
+            return encode(Refuse(topic, index))
 
     def _send_object(self, cid: Cid) -> None:
         try:
@@ -306,4 +324,10 @@ class Seeding:
         except WorldError:
             self._link.send(*encode(NoObject(cid)))
             return
-        self._link.send(*encode(Object(cid, data)), bulk=True)
+        self._link.send(*encode(Object(cid, data)), bulk=True, again=functools.partial(self._object, cid))
+
+    def _object(self, cid: Cid) -> tuple[bytes, ...]:
+        try:
+            return encode(Object(cid, self._store.get_object(cid)))
+        except WorldError:
+            return encode(NoObject(cid))
