@@ -45,6 +45,7 @@ missing_packages() {
         have ip || echo iproute2
         have git || echo git
         have nginx || echo nginx-light
+        have miniupnpd || echo miniupnpd-nftables # the program alone: it starts no service
     fi
     ready || missing_for_venv
 }
