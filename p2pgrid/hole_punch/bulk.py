@@ -186,6 +186,10 @@ class Links:
         """Have connections at our port that begin with `magic` taken by `serve`; see `doors.py`."""
         self._doors.admit(magic, serve)
 
+    def reactor(self) -> Reactor:
+        """The one with the least to do, for what has turns beside the links and ends before them."""
+        return min(self._reactors, key=len)
+
     def live(self) -> list[Link]:
         return [link for link in self._links.values() if link.live]
 
@@ -540,7 +544,7 @@ class Links:
         return link
 
     def _begin(self, peer: PeerId, session: bytes, path: Path) -> Link:
-        reactor = min(self._reactors, key=len)
+        reactor = self.reactor()
         try:
             link = Link(peer, session, path, self._services, reactor.call, self._lost, self._ended)
         except OSError:
