@@ -39,7 +39,7 @@ from libp2p.rcmgr.manager import ResourceLimits
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.exceptions import MuxerUpgradeFailure
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.utils.address_validation import get_available_interfaces
@@ -69,6 +69,9 @@ STREAM_PATIENCE = 10.0
 
 WRITE_PATIENCE = 10.0
 """Seconds a full TCP buffer may refuse bytes before the connection is given up."""
+
+WINDOW = 256 << 10
+"""Bytes of a stream that may wait to be read here; Yamux begins with this, and we leave it there."""
 
 ADDRESSES_MAX = 16
 """Addresses remembered of one peer; more is noise or an attempt to have us scan a network."""
@@ -237,6 +240,9 @@ class Host:
         self._swarm.upgrader.upgrade_connection = self._multiplex
         self._swarm._handle_inbound_connection = self._accept
         self._swarm.set_stream_handler(self._door)
+        YamuxStream._apply_autotune_epoch = lambda stream, buffered: (
+            0
+        )  # 16 MiB a stream else, for six small reads
 
     async def _dial_peer(self, name: Any) -> list[Any]:
         """libp2p's own dials (the DHT's) take our way, too."""
@@ -330,8 +336,28 @@ def _new_host(seed: bytes) -> Any:
 # --- connections ------------------------------------------------------------------------
 
 
+class _Buffer(bytearray):
+    """What of one stream waits to be read; libp2p takes more than it granted, and says so in its log."""
+
+    def extend(self, data: Any) -> None:
+        if len(self) + len(data) > 2 * WINDOW:  # it grants what was read twice now and then
+            raise ValueError("more than was granted")  # libp2p ends the stream
+        super().extend(data)
+
+
+class _Buffers(dict[int, bytearray]):
+    """Those of all streams of a connection."""
+
+    def __setitem__(self, stream: int, data: bytearray) -> None:
+        super().__setitem__(stream, _Buffer(data))
+
+
 class _Yamux(Yamux):  # type: ignore[misc]
     """Yamux whose writes nobody's cancellation cuts: Noise counts messages, and one lost ends them all."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.stream_buffers = _Buffers()
 
     async def _write_frame(self, data: bytes) -> None:
         with trio.CancelScope(shield=True), trio.fail_after(WRITE_PATIENCE):

@@ -12,6 +12,7 @@ import trio.testing
 
 from p2pgrid.errors import BadFrame, Misconfigured, Unreachable
 from p2pgrid.hole_punch import host as host_module
+from p2pgrid.hole_punch.channel import READ_SIZE
 from p2pgrid.hole_punch.host import open_host
 from p2pgrid.ids import PeerId
 from p2pgrid.wire import BODY_MAX, HEADER
@@ -141,6 +142,29 @@ async def test_noise_is_a_bad_frame_and_costs_only_its_stream(noise):
         assert len(seen) == 1
         await other.send(Say("still here"))
         assert await other.receive(Say) == Say("still here")
+
+
+async def test_who_sends_more_than_was_granted_loses_the_stream_and_fills_no_memory():
+    async with hosts(2) as (anna, bert):
+        seen = trio.Event()
+
+        async def idle(stream):
+            waiting = stream.muxed_conn.stream_buffers[stream.muxed_stream.stream_id]
+            assert (
+                stream.muxed_stream.recv_window < host_module.WINDOW + READ_SIZE
+            )  # whatever was read before
+            while not stream.muxed_stream.recv_closed:  # noqa: ASYNC110 - libp2p tells who reads, and only that
+                await trio.sleep(0.001)
+            assert host_module.WINDOW < len(waiting) <= 2 * host_module.WINDOW
+            seen.set()
+
+        anna.libp2p.set_stream_handler("/p2pgrid/idle/1", idle)
+        anna.serve(ECHO, echo)
+        greedy = (await bert.open(anna.me, "/p2pgrid/idle/1"))._stream
+        greedy.muxed_stream.send_window = 1 << 30
+        await greedy.write(bytes(8 << 20))
+        await seen.wait()
+        assert await say(bert, anna.me, "fine") == "fine"
 
 
 async def test_a_server_that_fails_resets_its_stream_and_goes_on_serving():
