@@ -178,9 +178,10 @@ class Grid:
     def home(self) -> Path:
         return self.coordinator.home
 
-    def member(self, name: str, role: str) -> Daemon:
+    def member(self, name: str, role: str, ticket: str = "") -> Daemon:
         """One more, by a ticket."""
-        ticket = self.coordinator.ask("token_create", role=role, uses=1, expires=600.0)["ticket"]
+        if not ticket:
+            ticket = self.coordinator.ask("token_create", role=role, uses=1, expires=600.0)["ticket"]
         made = Daemon(self.folder / name, _begin(self._config(name, role, ticket)).ready())
         self.workers.append(made)
         return made

@@ -16,6 +16,7 @@ from p2pgrid.node.console import (
     emit,
     parse_duration,
     say,
+    ticket_text,
 )
 
 
@@ -33,12 +34,17 @@ def coordinator(
     lease: Annotated[
         str | None, Parameter(help="Silence after which a worker's task runs elsewhere [30s, or as before].")
     ] = None,
+    membership: Annotated[
+        str | None,
+        Parameter(help="How long a node passes for a member without asking here [7d, or as before]."),
+    ] = None,
 ) -> int:
     """Run a coordinator here, in the foreground, until Ctrl-C."""
     asked = {
         "listen": listen,
         "ledger": launch.ledger_path(db),
         "lease": lease and launch.lease(lease),
+        "membership": membership and launch.membership(membership),
         "origins": tuple(origins_of(origin)) or None,
     }
     from p2pgrid.node.daemon import run_coordinator
@@ -79,6 +85,20 @@ def token_create(
     """Print a ticket for `p2pnode join`."""
     made = ask(data_dir, "token_create", role=role, uses=uses, expires=parse_duration(expires))
     emit(made, as_json, lambda v: str(v["ticket"]))
+    return 0
+
+
+@token.command(name="revoke")
+def token_revoke(
+    ticket: Annotated[str, Parameter(name="TICKET", help="As it was printed, or file:PATH.")],
+    /,
+    *,
+    data_dir: Home = None,
+    as_json: Json = False,
+) -> int:
+    """Refuse a ticket from now on, and everyone who joined with it."""
+    revoked = ask(data_dir, "token_revoke", ticket=ticket_text(ticket))
+    emit(revoked, as_json, lambda v: f"revoked {v['token']}")
     return 0
 
 

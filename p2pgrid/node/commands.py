@@ -16,8 +16,8 @@ from cyclopts import App, Parameter
 from p2pgrid import __version__
 from p2pgrid.errors import Conflict, GridError, Misused, NotFound, Refused
 from p2pgrid.node import api, launch, show
-from p2pgrid.node.config import FILE, TICKET, Config
-from p2pgrid.node.console import default_home, emit, parse_size, say
+from p2pgrid.node.config import FILE, MEMBERSHIP, TICKET, Config
+from p2pgrid.node.console import default_home, emit, parse_size, say, ticket_text
 
 app = App(name="p2pnode", version=f"p2pnode {__version__}", help="Lend this computer to a grid.")
 
@@ -96,12 +96,7 @@ def _origins(given: Iterable[str]) -> tuple[str, ...]:
 
 def _ticket_text(given: str | None) -> str | None:
     given = given or os.environ.get("P2PGRID_TICKET")
-    if given is None or not given.startswith("file:"):
-        return given
-    try:
-        return Path(given.removeprefix("file:")).read_text().strip()
-    except OSError as gone:
-        raise NotFound(what=f"the ticket in {given}: {gone.strerror}") from None
+    return None if given is None else ticket_text(given)
 
 
 def _set_up(
@@ -131,7 +126,7 @@ def _set_up(
         ("Disk", f"keep verified chunks, at most {quota or 'what is free less 1 GiB'}, under {home}"),
         (
             "Network",
-            "exchange chunks with whoever reaches this node and names them; the VMs get no network at all",
+            "exchange chunks with members of the grid and nobody else; the VMs get no network at all",
         ),
         *(("Origin", f"ask {parse_origin(url).shown} for disks where no peer helps") for url in origins),
         ("Leave", "p2pnode leave, at any time"),
@@ -214,7 +209,7 @@ def leave(
         raise NotFound(what=f"a membership in {home}")
     else:
         say("no daemon runs here: the coordinator will notice by itself that this node is gone")
-    for name in (FILE, TICKET, launch.LOG, f"{launch.LOG}.1"):
+    for name in (FILE, TICKET, MEMBERSHIP, launch.LOG, f"{launch.LOG}.1"):
         (home / name).unlink(missing_ok=True)
     if not keep_chunks:
         shutil.rmtree(home / "store", ignore_errors=True)

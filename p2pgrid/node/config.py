@@ -14,6 +14,7 @@ from p2pgrid.errors import Misconfigured, Misused
 
 FILE = "daemon.json"
 TICKET = "join.ticket"
+MEMBERSHIP = "membership.json"
 ROLES = ("coordinator", "submitter", "worker")
 
 
@@ -39,6 +40,8 @@ class Config:
     ledger: str | None = None
     lease: float = 30.0
     """Seconds that a worker keeps a task without a word to the coordinator; only the coordinator's counts."""
+    membership: float = 7 * 86400.0
+    """Seconds for which a membership can be shown; only the coordinator's counts."""
 
     @property
     def multiaddr(self) -> str:

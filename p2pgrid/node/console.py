@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
-from p2pgrid.errors import GridError, Misused
+from p2pgrid.errors import GridError, Misused, NotFound
 from p2pgrid.node.api import Told
 from p2pgrid.node.plain import cleaned, plain
 from p2pgrid.node.speed import facts
@@ -122,6 +122,16 @@ def parse_duration(text: str) -> float:
     if not match:
         raise Misused(why=f"{text!r} is not a duration; write 90s, 15m or 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
+
+
+def ticket_text(given: str) -> str:
+    """The ticket itself, where "file:PATH" says in which file it is, too.  Raises `NotFound`."""
+    if not given.startswith("file:"):
+        return given
+    try:
+        return Path(given.removeprefix("file:")).read_text().strip()
+    except OSError as gone:
+        raise NotFound(what=f"the ticket in {given}: {gone.strerror}") from None
 
 
 def parse_indices(text: str) -> list[int]:

@@ -34,13 +34,15 @@ from p2pgrid.node.api import Op, Tell, daemon_runs, failure, leaves, serve_api
 from p2pgrid.node.config import TICKET, Config
 from p2pgrid.node.console import say
 from p2pgrid.node.daemon_log import keep_log_short
-from p2pgrid.node.grid import make_ticket, open_grid
+from p2pgrid.node.grid import make_ticket, open_grid, ticket_id
 from p2pgrid.node.holdings import keep_holding
 from p2pgrid.node.identity import Identity
+from p2pgrid.node.membership import hear_renewals, keep_membership, keep_standing
 from p2pgrid.node.node import Node
 from p2pgrid.node.plain import plain
 from p2pgrid.node.reach import index_mode
 from p2pgrid.node.rules import keep_rules, prefs
+from p2pgrid.node.standing import Standing
 from p2pgrid.node.ticket import read_ticket
 from p2pgrid.node.worker import check_programs, sweep, work
 from p2pgrid.scheduler import messages as m
@@ -204,22 +206,36 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         index = await rooms.enter_async_context(
             open_index(host, index_mode(host.addresses, config.addresses or host.addresses), [grid])
         )
+        standing = Standing.load(home, host.me, grid, host.verify)
         exchange = await rooms.enter_async_context(
-            open_exchange(host, index, store, [(config.host, 0)], origins=config.origins)
+            open_exchange(
+                host,
+                index,
+                store,
+                [(config.host, 0)],
+                allow=standing.allow,
+                membership=lambda: standing.shown,
+                origins=config.origins,
+            )
         )
+        hear_renewals(exchange.links, standing)
         calls: Calls = (
             await rooms.enter_async_context(open_grid(home, config, host))
             if grid == host.me
             else Coordinator(host, grid)
         )
-        roles = await _join(home, config, host, calls)
-        node = Node(home, config, identity, host, index, store, exchange, calls, grid, roles, stopping)
+        roles = await _join(home, config, host, calls, standing)
+        node = Node(
+            home, config, identity, host, index, store, exchange, calls, grid, roles, stopping, standing
+        )
         _keep_port(home, config, host)
         nursery = await rooms.enter_async_context(trio.open_nursery())
         nursery.start_soon(keep_log_short, home)
         nursery.start_soon(keep_holding, node)
         nursery.start_soon(node.keep_announcing)
         nursery.start_soon(keep_rules, node)
+        nursery.start_soon(keep_membership, node)
+        nursery.start_soon(keep_standing, node)
         if "worker" in roles:
             check_programs()
             nursery.start_soon(work, node, Qemu(cache_folder()))
@@ -231,10 +247,10 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         nursery.cancel_scope.cancel()
 
 
-async def _join(home: Path, config: Config, host: Host, calls: Calls) -> tuple[str, ...]:
+async def _join(home: Path, config: Config, host: Host, calls: Calls, standing: Standing) -> tuple[str, ...]:
     """Become a member, or say that we are back; a member starts without the coordinator, too."""
     if config.coordinator is None:
-        await calls.join("", config.name, config.shares, tuple(host.addresses))
+        standing.welcome(await calls.join("", config.name, config.shares, tuple(host.addresses)))
         return config.roles
     secret = home / TICKET
     token = read_ticket(secret.read_text()).token if secret.exists() else ""
@@ -247,6 +263,7 @@ async def _join(home: Path, config: Config, host: Host, calls: Calls) -> tuple[s
             elif token:
                 raise
         else:
+            standing.welcome(welcome)
             secret.unlink(missing_ok=True)
             attrs.evolve(config, roles=tuple(welcome.roles)).save(home)
             return tuple(welcome.roles)
@@ -295,6 +312,7 @@ def _ops(node: Node) -> dict[str, Op]:
     }
     if node.grid == node.network.me:
         table["token_create"] = _token
+        table["token_revoke"] = _revoke
     return {name: bound(op) for name, op in table.items()}
 
 
@@ -353,6 +371,12 @@ def _row(view: m.NodeView) -> dict[str, Any]:
 
 async def _token(node: Node, args: dict[str, Any], tell: Tell) -> Any:
     return make_ticket(node.home, node.network, args["role"], args["uses"], args["expires"])
+
+
+async def _revoke(node: Node, args: dict[str, Any], tell: Tell) -> Any:
+    token = ticket_id(node.home, args["ticket"])
+    await node.coordinator.revoke(token)
+    return {"token": token}
 
 
 if __name__ == "__main__":

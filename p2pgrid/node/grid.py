@@ -19,7 +19,7 @@ from p2pgrid.ids import PeerId
 from p2pgrid.net import Network
 from p2pgrid.node.config import Config
 from p2pgrid.node.identity import load_or_create_root
-from p2pgrid.node.ticket import create_ticket, public_key
+from p2pgrid.node.ticket import create_ticket, public_key, read_ticket, token_id
 from p2pgrid.node.ticket import verify as verify_ticket
 from p2pgrid.scheduler.client import Calls
 from p2pgrid.scheduler.coordinator import Desk, serve_coordinator
@@ -42,7 +42,12 @@ async def open_grid(home: Path, config: Config, network: Network) -> AsyncIterat
     try:
         async with trio.open_nursery() as nursery:
             serve = partial(
-                serve_coordinator, network, ledger, verify, owner=network.me, rules=rules(config.lease)
+                serve_coordinator,
+                network,
+                ledger,
+                verify,
+                owner=network.me,
+                rules=rules(config.lease, config.membership),
             )
             desk: Desk = await nursery.start(serve)
             yield desk.local(network.me)
@@ -51,9 +56,11 @@ async def open_grid(home: Path, config: Config, network: Network) -> AsyncIterat
         ledger.close()
 
 
-def rules(lease: float) -> Rules:
+def rules(lease: float, membership: float = Rules.membership) -> Rules:
     """The times of a grid whose leases last `lease` seconds: six beats, four of which may be lost."""
-    return Rules(lease_ttl=lease, beat_interval=lease / 6, lost_after=lease * 2 / 3)
+    return Rules(
+        lease_ttl=lease, beat_interval=lease / 6, lost_after=lease * 2 / 3, membership=membership
+    )  # fmt: skip
 
 
 def make_ticket(home: Path, network: Network, role: str, uses: int | None, expires: float) -> dict[str, Any]:
@@ -62,3 +69,8 @@ def make_ticket(home: Path, network: Network, role: str, uses: int | None, expir
     addresses = list(network.addresses)
     text = create_ticket(load_or_create_root(home), network.me, addresses, role, uses, expires, now)
     return {"ticket": text, "role": role, "uses": uses, "expires": now + expires}
+
+
+def ticket_id(home: Path, text: str) -> str:
+    """By which a ticket of this grid is revoked.  Raises `Misused`, `NotAuthorised`."""
+    return token_id(read_ticket(text).token, public_key(load_or_create_root(home)))

@@ -23,6 +23,7 @@ from p2pgrid.dht.store import Held
 from p2pgrid.errors import BadObject, GridError
 from p2pgrid.ids import Cid
 from p2pgrid.node.drafts import follow, let_go
+from p2pgrid.node.membership import heed
 from p2pgrid.node.node import STALL_PATIENCE, Node, Running, Trouble
 from p2pgrid.node.patience import backoff, patiently
 from p2pgrid.node.room import RESULT_MAX, offered, store_room
@@ -59,6 +60,7 @@ async def keep_holding(node: Node) -> None:
             if orders is None:
                 continue
             node.connected, patience = True, orders.interval
+            await heed(node, orders)
             for task in orders.stop:
                 if task in node.running:
                     node.running[task].scope.cancel()

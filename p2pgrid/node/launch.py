@@ -182,6 +182,14 @@ def lease(text: str) -> float:
     return seconds
 
 
+def membership(text: str) -> float:
+    """For how long a membership can be shown, in seconds.  Raises `Misused`."""
+    seconds = parse_duration(text)
+    if not 3600 <= seconds <= 366 * 86400:
+        raise Misused(why=f"--membership {text!r}: choose between 1h and 366d")
+    return seconds
+
+
 def card(rows: Sequence[tuple[str, str]]) -> str:
     """A consent card: what is asked of the volunteer, a row a matter."""
     return "\n".join(f"  {matter:<10}{what}" for matter, what in rows)

@@ -21,6 +21,7 @@ from p2pgrid.net import Index, Network
 from p2pgrid.node.config import Config
 from p2pgrid.node.identity import Identity
 from p2pgrid.node.prefs import Prefs
+from p2pgrid.node.standing import Standing
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls
 from p2pgrid.transfer.exchange import Exchange, Fetched, Progress
@@ -84,6 +85,10 @@ class Node:
     roles: tuple[str, ...]
     stopping: trio.Event
     """This daemon is told to end."""
+    standing: Standing = attrs.Factory(
+        lambda self: Standing(self.home, self.network.me, self.grid, self.network.verify), takes_self=True
+    )
+    """Who belongs to the grid, as far as this node knows."""
     prefs: Prefs = attrs.field(factory=Prefs)
     """What its owner allows it to move."""
     received: Counter[PeerId] = attrs.field(factory=Counter)

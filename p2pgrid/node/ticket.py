@@ -142,14 +142,7 @@ def public_key(root: bytes) -> bytes:
 
 def verify(token: str, root_public: bytes, grid: PeerId, now: float) -> Grant:
     """What `token` grants at `now` in the grid of coordinator `grid`.  Raises `NotAuthorised`."""
-    if len(token) > 2 * TOKEN_MAX:
-        raise NotAuthorised(why="the ticket's token is too long")
-    try:
-        biscuit = _biscuit.Biscuit.from_base64(
-            token, _biscuit.PublicKey.from_bytes(root_public, _biscuit.Algorithm.Ed25519)
-        )
-    except (_biscuit.BiscuitValidationError, ValueError):
-        raise NotAuthorised(why="this grid's coordinator did not make that ticket") from None
+    biscuit = _signed(token, root_public)
     builder = _biscuit.AuthorizerBuilder(
         "time({now}); allow if grid({grid});", {"now": datetime.fromtimestamp(now, UTC), "grid": grid}
     )
@@ -167,7 +160,26 @@ def verify(token: str, root_public: bytes, grid: PeerId, now: float) -> Grant:
         raise NotAuthorised(why="the ticket is for another grid, or was narrowed to less than this") from None
     if role not in get_args(Role):
         raise NotAuthorised(why="the ticket is for a role that this version does not know")
-    return Grant(role, digest(bytes.fromhex(biscuit.revocation_ids[0]))[:16].hex(), uses, expires)
+    return Grant(role, _id(biscuit), uses, expires)
+
+
+def token_id(token: str, root_public: bytes) -> str:
+    """By which a token is counted and revoked, also one that has expired.  Raises `NotAuthorised`."""
+    return _id(_signed(token, root_public))
+
+
+def _signed(token: str, root_public: bytes) -> Any:
+    if len(token) > 2 * TOKEN_MAX:
+        raise NotAuthorised(why="the ticket's token is too long")
+    try:
+        key = _biscuit.PublicKey.from_bytes(root_public, _biscuit.Algorithm.Ed25519)
+        return _biscuit.Biscuit.from_base64(token, key)
+    except (_biscuit.BiscuitValidationError, ValueError):
+        raise NotAuthorised(why="this grid's coordinator did not make that ticket") from None
+
+
+def _id(biscuit: Any) -> str:
+    return digest(bytes.fromhex(biscuit.revocation_ids[0]))[:16].hex()
 
 
 def _only(judge: Any, name: str) -> Any:
