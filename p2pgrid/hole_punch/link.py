@@ -28,11 +28,12 @@ from typing import Protocol
 import attrs
 
 from p2pgrid.errors import BadFrame, PeerError
+from p2pgrid.hole_punch import link_messages as own
 from p2pgrid.hole_punch.framing import Framing, header
 from p2pgrid.hole_punch.outbox import Again, Outbox
 from p2pgrid.hole_punch.path import Way
 from p2pgrid.hole_punch.rates import LinkRates
-from p2pgrid.hole_punch.reactor import READ, WRITE, Next
+from p2pgrid.hole_punch.reactor import READ, WRITE, Next, Turned
 from p2pgrid.hole_punch.tls import READ as AT_ONCE
 from p2pgrid.hole_punch.tls import RECORD, Tls
 from p2pgrid.ids import PeerId
@@ -53,12 +54,6 @@ ACK_BYTES, ACK_MESSAGES = 1 << 20, 256
 """How much is taken before it is acknowledged: the peer keeps it so long."""
 PROBES_MAX = 64
 """Probes that wait for their echo."""
-
-ACK, BYE, RESUME, PROBE, ECHO = range(32, 37)
-"""The link's own messages; `docs/protocols/bulk.md`."""
-OWN = range(32, 40)
-WHY_MAX = 200
-_COUNT = struct.Struct(">BQ")
 
 
 class Receiver(Protocol):
@@ -107,7 +102,7 @@ class Link:
         session: bytes,
         path: Path,
         receive: Receive,
-        call: Callable[[Link], None],
+        call: Callable[[Turned], None],
         lost: Callable[[Link], None],
         ended: Callable[[Link], None],
     ) -> None:
@@ -215,6 +210,10 @@ class Link:
         """Have the receiver asked for more, though nothing happened here."""
         self._call(self)
 
+    def beside(self, other: Turned) -> None:
+        """Have `other` have a turn in the thread of this link, which moves bytes for it."""
+        self._call(other)
+
     def go_on(self, path: Path) -> None:
         """Go on over `path`, which the peer does, too."""
         before, self._coming = self._coming, path
@@ -230,7 +229,7 @@ class Link:
         if len(self._probes) >= PROBES_MAX:
             del self._probes[next(iter(self._probes))]
         self._probes[self._number] = time.monotonic(), answered
-        self._outbox.say(_COUNT.pack(PROBE, self._number))
+        self._outbox.say(own.encode(own.PROBE, self._number))
         self._call(self)
 
     # --- in the reactor's thread ----------------------------------------------------------
@@ -284,7 +283,8 @@ class Link:
         path, self._coming = self._coming, None
         self._drop()
         self._take_up(path)
-        path.tls.seal(header(_COUNT.size) + _COUNT.pack(RESUME, self._taken))
+        resume = own.encode(own.RESUME, self._taken)
+        path.tls.seal(header(len(resume)) + resume)
         self._acknowledged, self._unacknowledged = self._taken, 0
         self._resuming = True
 
@@ -310,8 +310,8 @@ class Link:
         if self._tls is not None:
             with contextlib.suppress(OSError):
                 if not self._begun and not self._pieces and not self._resuming:
-                    why = self._closing.encode()[:WHY_MAX]
-                    self._tls.seal(header(1 + len(why)) + bytes([BYE]) + why)
+                    bye = own.bye(self._closing)
+                    self._tls.seal(header(len(bye)) + bye)
                 self._tls.end()
 
     def _go_on(self, tls: Tls, readable: bool) -> Next:
@@ -393,7 +393,7 @@ class Link:
         for body in self._framing.filled(count):
             if not body:
                 raise BadFrame(why="an empty message")
-            if body[0] in OWN:
+            if body[0] in own.KINDS:
                 self._heed(body)
             elif self._resuming:
                 raise BadFrame(why="it goes on before it says where")
@@ -405,30 +405,28 @@ class Link:
                 break
         if self._unacknowledged >= ACK_BYTES or self._taken - self._acknowledged >= ACK_MESSAGES:
             self._acknowledged, self._unacknowledged = self._taken, 0
-            self._outbox.say(_COUNT.pack(ACK, self._taken))
+            self._outbox.say(own.encode(own.ACK, self._taken))
         if self._outbox.overdue:
             raise BadFrame(why="the peer does not acknowledge")
         return tls.more
 
     def _heed(self, body: memoryview) -> None:
         """Do what a message of the peer's link says."""
-        kind = body[0]
-        if kind == BYE:
-            said = bytes(body[1 : 1 + WHY_MAX]).decode(errors="replace")
-            raise EOFError(f"the peer closed the link: {said}" if said else "the peer closed the link")
-        if len(body) != _COUNT.size or kind not in (ACK, RESUME, PROBE, ECHO):
-            raise BadFrame(why=f"a message of kind {kind} that no link sends")
-        _, count = _COUNT.unpack(body)
-        if kind == RESUME:
-            if not self._resuming:
-                raise BadFrame(why="it goes on where nothing was interrupted")
-            self._outbox.resume(count)
-            self._resuming = False
-        elif kind == ACK:
-            self._outbox.acknowledge(count)
-        elif kind == PROBE:
-            self._outbox.say(_COUNT.pack(ECHO, count))
-        elif (probe := self._probes.pop(count, None)) is not None:
-            self.delay = time.monotonic() - probe[0]
-            if probe[1] is not None:
-                probe[1](self.delay)
+        kind, count, why = own.decode(body)
+        match kind:
+            case own.BYE:
+                raise EOFError(f"the peer closed the link: {why}" if why else "the peer closed the link")
+            case own.RESUME:
+                if not self._resuming:
+                    raise BadFrame(why="it goes on where nothing was interrupted")
+                self._outbox.resume(count)
+                self._resuming = False
+            case own.ACK:
+                self._outbox.acknowledge(count)
+            case own.PROBE:
+                self._outbox.say(own.encode(own.ECHO, count))
+            case own.ECHO if count in self._probes:
+                asked, answered = self._probes.pop(count)
+                self.delay = time.monotonic() - asked
+                if answered is not None:
+                    answered(self.delay)

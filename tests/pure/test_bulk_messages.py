@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from p2pgrid.dht.manifest import FRAME_MAX
 from p2pgrid.errors import BadFrame
+from p2pgrid.hole_punch import link_messages as own
 from p2pgrid.hole_punch.framing import HEADER, MESSAGE_MAX, START, Framing, header
 from p2pgrid.hole_punch.path import candidates, own_addresses, parse_address
 from p2pgrid.ids import DAG_CBOR, Cid, PeerId
@@ -178,9 +179,27 @@ VECTORS = {
 }
 
 
+OWN_VECTORS = {
+    "Ack": own.encode(own.ACK, 256),
+    "Bye": own.bye("enough"),
+    "Resume": own.encode(own.RESUME, 5),
+    "Probe": own.encode(own.PROBE, 1),
+    "Echo": own.encode(own.ECHO, 1),
+}
+
+
 def test_the_page_tells_the_very_bytes() -> None:
     told = dict(re.findall(r"^    (\w+) = ((?:[0-9a-f]{2} ?)+)$", PAGE.read_text(), re.MULTILINE))
-    assert told.keys() == VECTORS.keys()
-    for name, message in VECTORS.items():
-        whole = header(len(body(message))) + body(message)
-        assert whole == bytes.fromhex(told[name]), name
+    assert told.keys() == VECTORS.keys() | OWN_VECTORS.keys()
+    bodies = OWN_VECTORS | {name: body(message) for name, message in VECTORS.items()}
+    for name, said in bodies.items():
+        assert header(len(said)) + said == bytes.fromhex(told[name]), name
+
+
+@given(st.binary(min_size=1, max_size=300))
+def test_noise_about_the_link_is_only_ever_a_bad_frame(noise: bytes) -> None:
+    try:
+        kind, count, why = own.decode(memoryview(noise))
+    except BadFrame:
+        return
+    assert noise == own.encode(kind, count) or (kind == own.BYE and noise[1:].decode(errors="replace") == why)
