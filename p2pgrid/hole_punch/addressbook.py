@@ -14,6 +14,7 @@ from p2pgrid.hole_punch.path import (
     ADDRESSES_MAX,
     Address,
     Circuit,
+    Way,
     candidates,
     circuit_from_multiaddr,
     circuit_to_multiaddr,
@@ -34,6 +35,8 @@ class Known:
 
     addresses: list[Address] = attrs.field(factory=list)
     circuits: list[Circuit] = attrs.field(factory=list)
+    relayed: int = 0
+    """How often in a row a relay was what worked."""
 
 
 class AddressBook:
@@ -73,6 +76,11 @@ class AddressBook:
             self._known[peer] = known
             while len(self._known) > KNOWN_MAX:
                 del self._known[next(iter(self._known))]
+
+    def won(self, peer: PeerId, way: Way) -> None:
+        """A connection came about in this way."""
+        if (known := self._known.get(peer)) is not None:
+            known.relayed = known.relayed + 1 if way is Way.RELAYED else 0
 
     def forget(self, peer: PeerId) -> None:
         self._known.pop(peer, None)

@@ -28,6 +28,8 @@ DIAL_PATIENCE = 3.0
 """Seconds to reach one of a peer's addresses; a host that is up answers in one round trip."""
 RELAY_DELAY = 0.3
 """Seconds that dialling a peer's own addresses is ahead of asking its relays."""
+RELAYED_BEFORE = 2
+"""Times in a row that a relay was what worked, after which it is asked at once."""
 RELAY_STAGGER = 0.2
 """Seconds between two relays of one peer."""
 STAGGER = 0.05
@@ -96,17 +98,18 @@ class Dialling:
         failed = trio.Event()
         async with trio.open_nursery() as nursery:
             for place, circuit in enumerate(known.circuits if self._ground.dial_circuit is not None else ()):
-                nursery.start_soon(self._try_relay, peer, circuit, place, failed, attempt)
+                ahead = RELAY_DELAY if known.relayed < RELAYED_BEFORE else 0.0
+                nursery.start_soon(self._try_relay, peer, circuit, ahead, place, failed, attempt)
             if known.addresses:
                 await self.dial(peer, known.addresses, Way.DIRECT, attempt)
             failed.set()
         attempt.settled.set()
 
     async def _try_relay(
-        self, peer: PeerId, circuit: Circuit, place: int, failed: trio.Event, attempt: Attempt
+        self, peer: PeerId, circuit: Circuit, ahead: float, place: int, failed: trio.Event, attempt: Attempt
     ) -> None:
         assert self._ground.dial_circuit is not None
-        with trio.move_on_after(RELAY_DELAY):
+        with trio.move_on_after(ahead):
             await failed.wait()
         await trio.sleep(place * RELAY_STAGGER)
         try:
@@ -152,6 +155,7 @@ class Dialling:
             if isinstance(met, Met):
                 try:
                     attempt.settle(self._ground.adopt(met, way, via))
+                    self._ground.book.won(peer, way)
                 except OSError as full:  # or the peer is gone already
                     attempt.settle(Verdict(str(full)))
             elif met is not None and not attempt.settled.is_set():

@@ -111,7 +111,7 @@ class Link:
         self.peer = peer
         self.session = session
         self.path = path
-        """The connection in use, or that was the last one."""
+        """The connection in use, or about to be, or that was the last one."""
         self.heard = 0
         """Bytes that came, over all connections."""
         self.sent = 0
@@ -216,7 +216,7 @@ class Link:
 
     def go_on(self, path: Path) -> None:
         """Go on over `path`, which the peer does, too."""
-        before, self._coming = self._coming, path
+        before, self._coming, self.path = self._coming, path, path
         if before is not None:
             before.tls.close()
         if self._over:
