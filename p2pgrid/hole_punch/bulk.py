@@ -305,7 +305,8 @@ class Links:
         goes_on = link is not None and link.live and link.session == caller.session
         session = caller.session if goes_on else secrets.token_bytes(SESSION)
         seen = format_address(far) if far is not None else ""
-        link = self.adopt(Met(peer, caller.tls, session, ""), way, via, well(session, seen))
+        preamble = well(session, seen, self._greeting.membership())
+        link = self.adopt(Met(peer, caller.tls, session, ""), way, via, preamble)
         attempt.settle(link)  # ours has come to something, if by the other side
         return link
 

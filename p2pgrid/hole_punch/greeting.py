@@ -3,18 +3,19 @@
 After TLS 1.3, in which only the accepting side shows a certificate, three messages:
 
     accepting side                                       dialling side
-       Welcome: its peer id, its membership, a nonce,
-                its signature of the certificate's
-                digest                                 ──>
+       Welcome: its peer id, a nonce, its signature of
+                the certificate's digest               ──>
                                                        <──  Hello: its peer id, where it can be dialled, its
                                                             signature of digest and nonce, its membership,
                                                             the session that it goes on with, if any
-       Verdict: the session, and where it sees the
-                dialling side; or why there is no link ──>
+       Verdict: the session, its membership, and where
+                it sees the dialling side; or why there
+                is no link                             ──>
 
 TLS proves that the accepting side has the certificate's key, so nobody else can show it with that
 signature; what the dialling side signs is good for this certificate and this nonce only, so whoever
 hears it cannot use it elsewhere.  Neither needs to have heard of the other's certificate before.
+Who belongs to which grid is shown to the peer that was wanted, and to members: not to whoever dials.
 
 Everything here runs in trio on non-blocking sockets; whoever leaves early closes what it made.
 """
@@ -136,7 +137,6 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     peer: str
     nonce: bytes
     signature: bytes
-    membership: bytes = b""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -157,6 +157,8 @@ class Verdict(msgspec.Struct, tag="verdict", frozen=True):
     """The session that goes on, or begins."""
     observed: str = ""
     """Where the dialling side is seen, as `host:port`."""
+    membership: bytes = b""
+    """The accepting side's."""
 
 
 @attrs.frozen
@@ -195,8 +197,6 @@ class Greeting:
                 return None
             if not self.network.verify(peer, ACCEPTS + theirs, welcome.signature):
                 return None
-            if why := self.allow(peer, welcome.membership):
-                return Verdict(why)
             signature = self.network.sign(DIALS + theirs + welcome.nonce)
             await _say(tls, Hello(self.network.me, addresses, signature, self.membership(), session))
             verdict = await _hear(tls, Verdict)
@@ -204,6 +204,8 @@ class Greeting:
                 return verdict
             if len(verdict.session) != SESSION:
                 return None
+            if why := self.allow(peer, verdict.membership):
+                return Verdict(why)
             kept.whole = True
             return Met(peer, tls, verdict.session, verdict.observed)
         return None
@@ -213,7 +215,7 @@ class Greeting:
         async with _closing(sock) as kept:
             tls, nonce = Tls(self.certificate.accepting, sock, server=True), secrets.token_bytes(NONCE)
             await _shake(tls)
-            await _say(tls, Welcome(self.network.me, nonce, self._claim, self.membership()))
+            await _say(tls, Welcome(self.network.me, nonce, self._claim))
             hello = await _hear(tls, Hello)
             peer, statement = PeerId(hello.peer), DIALS + digest(self.certificate.der) + nonce
             if not self.network.verify(peer, statement, hello.signature):
@@ -242,9 +244,9 @@ class Caller:
             await _say(self.tls, verdict)
 
 
-def well(session: bytes, observed: str) -> bytes:
+def well(session: bytes, observed: str, membership: bytes) -> bytes:
     """The verdict that there is a link: its first message, so that there is one when it is heard."""
-    return encode(Verdict(session=session, observed=observed))
+    return encode(Verdict(session=session, observed=observed, membership=membership))
 
 
 @attrs.define

@@ -29,6 +29,7 @@ from p2pgrid.hole_punch.rates import FILL, RECORD, Limits
 from p2pgrid.hole_punch.switchboard import Switchboard
 from p2pgrid.hole_punch.tls import Tls
 from p2pgrid.ids import PeerId, digest
+from p2pgrid.wire import encode
 from tests.memory_network import MemoryNetwork, MemoryWorld, open_world
 
 LOOPBACK = (("127.0.0.1", 0),)
@@ -221,11 +222,38 @@ async def test_only_members_get_links() -> None:
             await others.link(a.me)
 
 
+async def test_who_belongs_where_is_shown_to_no_stranger() -> None:
+    async with open_world() as world:
+        b, inbox = world.join("b"), Inbox()
+
+        def members(peer: PeerId, shown: bytes) -> str:
+            return "" if shown == b"a's" else "a stranger"
+
+        async with open_links(b, LOOPBACK, inbox, members, lambda: b"b's secret") as links:
+            port = links.bound[0][1]
+            for shown in (b"", b"a's"):
+                stranger = Stranger(world, "a")
+                said = await stranger.all_that_is_said(port, shown)
+                assert (b"b's secret" in said) == (shown == b"a's")
+
+
 class Stranger:
     """Somebody at a bulk port who speaks TLS, and says what it likes in the greeting."""
 
     def __init__(self, world: MemoryWorld, name: str) -> None:
         self.greeting = Greeting(MemoryNetwork(world, PeerId(name)))
+
+    async def all_that_is_said(self, port: int, membership: bytes) -> bytes:
+        """By the accepting side, in whole messages."""
+        own = self.greeting.network
+        with socket.create_connection(("127.0.0.1", port), 5) as sock:
+            sock.setblocking(False)
+            tls = Tls(self.greeting.certificate.dialling, sock, server=False)
+            await greeting._shake(tls)
+            welcome = await greeting._hear(tls, Welcome)
+            signed = own.sign(greeting.DIALS + digest(tls.certificate or b"") + welcome.nonce)
+            await greeting._say(tls, Hello(own.me, [], signed, membership))
+            return encode(welcome) + encode(await greeting._hear(tls, Verdict))
 
     async def hears(self, port: int, hello: Callable[[bytes], Hello] | bytes) -> Verdict | None:
         """What it is answered; None where it is turned away."""
