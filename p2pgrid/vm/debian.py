@@ -18,12 +18,18 @@ from p2pgrid.errors import Misconfigured
 from p2pgrid.vm import distribution, kit
 from p2pgrid.vm.boot_disk import Extents, mke2fs, write_disk
 
-PACKAGES = ("systemd-sysv", "udev", "dbus", "kmod", "initramfs-tools", "zstd", "python3", "e2fsprogs")
+PACKAGES = (
+    *("systemd-sysv", "udev", "dbus", "kmod", "initramfs-tools", "zstd", "python3", "e2fsprogs"),
+    "busybox",  # whose udhcpc asks for an address where the job has a LAN
+)
 CMDLINE = "root=LABEL=P2PROOT ro console=tty0 console=ttyS0,115200 quiet panic=1 fsck.mode=skip net.ifnames=0"
 SIZE = (4 << 30) - (1 << 20)
 """Bytes of the file system, sparse; the disk is 4 GiB with what stands in front of it."""
 
-DRIVERS = ("virtio_pci", "virtio_blk", "virtio_scsi", "virtio_rng", "ata_piix", "ahci", "sd_mod", "ext4")
+DRIVERS = (
+    *("virtio_pci", "virtio_blk", "virtio_scsi", "virtio_rng", "virtio_net"),
+    *("ata_piix", "ahci", "sd_mod", "ext4"),
+)
 
 GRUB_CFG = f"""\
 # The kernel's packages keep these links at the newest version.
@@ -45,8 +51,8 @@ FILES = {
     "usr/share/initramfs-tools/modules.d/p2pgrid": "".join(f"{name}\n" for name in DRIVERS).encode(),
     "boot/grub/grub.cfg": GRUB_CFG.encode(),
 }
-WANTED = "etc/systemd/system/multi-user.target.wants/p2pgrid-context.service"
-UNIT = "etc/systemd/system/p2pgrid-context.service"
+UNITS = ("p2pgrid-context.service", "p2pgrid-lan.service")
+"""Of the kit, wanted by multi-user.target."""
 
 UNWANTED = (
     *(
@@ -92,14 +98,19 @@ def _overlay() -> bytes:
     with tarfile.open(fileobj=out, mode="w") as tar:
         files = {
             **{name: (data, 0o644) for name, data in FILES.items()},
-            "usr/local/sbin/p2pgrid-context": (kit.read("p2pgrid-context"), 0o755),
-            UNIT: (kit.read("p2pgrid-context.service"), 0o644),
+            **{
+                f"usr/local/sbin/{name}": (kit.read(name), 0o755)
+                for name in ("p2pgrid-context", "p2pgrid-dhcp")
+            },
+            **{f"etc/systemd/system/{unit}": (kit.read(unit), 0o644) for unit in UNITS},
         }
         for name, (data, mode) in files.items():
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(data), mode
             tar.addfile(info, io.BytesIO(data))
-        links = {WANTED: f"/{UNIT}", **{f"etc/systemd/system/{unit}": "/dev/null" for unit in UNWANTED}}
+        wants = "etc/systemd/system/multi-user.target.wants"
+        links = {f"{wants}/{unit}": f"/etc/systemd/system/{unit}" for unit in UNITS}
+        links |= {f"etc/systemd/system/{unit}": "/dev/null" for unit in UNWANTED}
         for name, target in links.items():
             info = tarfile.TarInfo(name)
             info.type, info.linkname = tarfile.SYMTYPE, target

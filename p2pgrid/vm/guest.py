@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -35,6 +36,17 @@ Why = Literal["off", "time", "killed", "boot"]
 
 
 @attrs.frozen(kw_only=True)
+class Cable:
+    """What a guest's network card is plugged into: frames, each after its length (u32, big endian)."""
+
+    socket: socket.socket
+    """The hypervisor's end; whoever made it closes it."""
+    mac: str
+    mtu: int
+    """Bytes of a packet."""
+
+
+@attrs.frozen(kw_only=True)
 class GuestSpec:
     """What a guest gets."""
 
@@ -52,6 +64,8 @@ class GuestSpec:
     results: Caps = attrs.field(factory=Caps)
     env: Mapping[str, str] = attrs.field(factory=dict)
     """For `p2pgrid.env`: P2PGRID_JOB, P2PGRID_TASK, P2PGRID_INDEX, …"""
+    lan: Cable | None = None
+    """Its network card leads there; without it there is none."""
 
 
 @attrs.frozen(kw_only=True)

@@ -6,8 +6,8 @@
     COM1, COM2, the BIOS's own log, QMP     socket pairs
 
 No image that somebody else made is ever opened by QEMU, and no format is ever guessed: each
-`-blockdev` names its drivers.  There is no network card.  QEMU's seccomp filter forbids it to start
-programs or to gain rights; `jail.py` has taken what else it could.
+`-blockdev` names its drivers.  There is no network card, or one whose frames come to us (`GuestSpec.lan`).
+QEMU's seccomp filter forbids it to start programs or to gain rights; `jail.py` has taken what else it could.
 """
 
 from __future__ import annotations
@@ -90,6 +90,11 @@ def command(program: str, accelerator: Accelerator, spec: GuestSpec, wires: Wire
         "-chardev", f"socket,id=firmware,fd={wires.firmware}",
         "-device", "isa-debugcon,iobase=0x402,chardev=firmware",
     ]  # fmt: skip
+    if spec.lan is not None:
+        words += [
+            "-netdev", f"stream,id=lan,server=off,addr.type=fd,addr.str={spec.lan.socket.fileno()}",
+            "-device", f"virtio-net-pci,netdev=lan,mac={spec.lan.mac},host_mtu={spec.lan.mtu},romfile=",
+        ]  # fmt: skip
     base = {"driver": "raw", "read-only": True, "file": {
         "driver": "nbd", "read-only": True, "server": {"type": "fd", "str": str(wires.base)}}}  # fmt: skip
     slave = spec.bus == "ide"  # IDE disks cannot be read only; the context disk is this guest's own copy
@@ -149,7 +154,8 @@ class Qemu:
             argv = jailed(limits, command(find_qemu(), accelerator, spec, wires))
             async with trio.open_nursery() as nursery:
                 with log.open("wb") as said:
-                    process = running(argv, fds=attrs.astuple(wires), stderr=said)
+                    cables = () if spec.lan is None else (spec.lan.socket.fileno(),)
+                    process = running(argv, fds=(*attrs.astuple(wires), *cables), stderr=said)
                     async with process as child:
                         remember(disks.folder, child)
                         theirs.close()

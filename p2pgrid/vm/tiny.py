@@ -19,6 +19,7 @@ MODULES = (
     *("virtio_pci", "virtio_blk", "virtio_scsi", "virtio_rng", "virtio_balloon"),
     *("ata_piix", "ahci", "sd_mod", "sr_mod"),
     *("isofs", "ext4", "crc32c_generic", "nls_utf8"),
+    *("virtio_net", "af_packet"),
 )
 CMDLINE = "console=tty0 console=ttyS0,115200 panic=1 quiet"
 """After a panic the machine restarts, which a node takes for its end."""
@@ -72,6 +73,7 @@ def initramfs(tree: Path, release: str) -> bytes:
             link("bin/sh", "busybox"),
             program("init", kit.read("tiny-init")),
             program("sbin/p2pgrid-context", kit.read("p2pgrid-context")),
+            program("sbin/p2pgrid-dhcp", kit.read("p2pgrid-dhcp")),
             Entry("etc/passwd", 0o100644, b"root:x:0:0:root:/root:/bin/sh\n"),
             Entry("etc/group", 0o100644, b"root:x:0:\n"),
             Entry("lib/modules/order", 0o100644, order.encode()),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from p2pgrid.errors import Misconfigured, Misused, NotFound
 from p2pgrid.vm import qemu as qemu_module
 from p2pgrid.vm.blockdev import FileSource
 from p2pgrid.vm.child import reap
-from p2pgrid.vm.guest import GuestEnd, GuestSpec, run_guest
+from p2pgrid.vm.guest import Cable, GuestEnd, GuestSpec, run_guest
 from p2pgrid.vm.probe import SECTOR, Accelerator, find_accelerator
 from p2pgrid.vm.qemu import Qemu, Wires, command, overlay_header
 from p2pgrid.vm.qmp import Event
@@ -350,6 +351,18 @@ def test_the_command_line_names_every_driver_and_no_file():
     assert nodes[0]["backing"]["driver"] == "raw"
     assert nodes[0]["backing"]["file"]["driver"] == "nbd"
     assert all(n["file"]["filename"].startswith("/dev/fdset/") for n in nodes)
+
+
+def test_there_is_a_card_only_where_there_is_a_cable():
+    wires = Wires(overlay=3, context=4, scratch=5, base=6, monitor=7, console=8, status=9, firmware=10)
+    near, far = socket.socketpair()
+    with near, far:
+        spec = attrs.evolve(SPEC, lan=Cable(socket=far, mac="02:70:32:00:00:07", mtu=1500))
+        words = command("/usr/bin/qemu", Accelerator("tcg", ""), spec, wires)
+        (wire,) = [words[i + 1] for i, word in enumerate(words) if word == "-netdev"]
+        (card,) = [word for word in words if word.startswith("virtio-net")]
+        assert wire == f"stream,id=lan,server=off,addr.type=fd,addr.str={far.fileno()}"
+        assert "netdev=lan,mac=02:70:32:00:00:07,host_mtu=1500" in card
 
 
 @pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 512, 100 << 30, 1 << 45])

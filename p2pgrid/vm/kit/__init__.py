@@ -5,7 +5,7 @@ Spec: `docs/reference/guest-kit.md`.
 
 from importlib import resources
 
-NAMES = ("p2pgrid-context", "p2pgrid-context.service", "tiny-init")
+NAMES = ("p2pgrid-context", "p2pgrid-context.service", "p2pgrid-dhcp", "p2pgrid-lan.service", "tiny-init")
 
 
 def read(name: str) -> bytes:
