@@ -3,7 +3,7 @@
     python -m bench swarm   [--disk FILE] [--slice 128M] [--workers 1 4 8] [--rate 200] [--slow 20] [--late 5]
     python -m bench update  --old v1.vdi --disk v2.vdi v2r.vdi [--workers 1 8] [--rate 200]
     python -m bench publish [--disk FILE]
-    python -m bench kills | lan | latency | memory | planner | plane | rates    (--help tells more)
+    python -m bench kills | lan | latency | memory | planner | plane | rates | relay    (--help tells more)
 
 Hosts are network namespaces on one bridge (root is needed), shaped where `--rate` is given.
 JSON lines go to stdout, a table to stderr, plots to `--plot DIR`.
@@ -38,7 +38,9 @@ OTHERS = {
     "memory": "bench.memory",
     "planner": "bench.planner",
     "plane": "bench.exchange",
+    "proxy": "bench.proxy",
     "rates": "bench.rates",
+    "relay": "bench.relay",
 }
 
 
