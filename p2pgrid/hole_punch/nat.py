@@ -153,8 +153,8 @@ def targets(own: Stance, theirs: Stance) -> tuple[Address, ...]:
 
 
 def _seen(stance: Stance) -> set[str]:
-    """Where others see it come from, as far as it tells one house from another."""
-    return {host for host in stance.hosts(Source.MAPPED, Source.OBSERVED) if is_outside(host)}
+    """The IPv4 addresses that others see it come from: they tell one house from another."""
+    return {host for host in stance.hosts(*Source) if ":" not in host and is_outside(host)}
 
 
 def _useless(host: str) -> bool:

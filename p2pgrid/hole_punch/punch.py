@@ -155,7 +155,9 @@ class Punch:
         self._failed = 0
         self._next = math.inf
         """When to offer next, if wanted."""
-        self._settled = self._answered = -math.inf
+        self._settled: float | None = None
+        """Since when there is a direct path."""
+        self._answered = -math.inf
         self.attempts = 0
         """Rounds that came to dialling."""
 
@@ -173,13 +175,10 @@ class Punch:
         """For people: what is being done, or waited for."""
         if self._phase is not None:
             return "punching"
-        if not self._wanted:
+        if not self._wanted or not self._failed:
             return ""
-        return (
-            "not punched: both NATs are symmetric"
-            if self._hope is Hope.NONE
-            else f"failed {self._failed} times"
-        )
+        why = ": both NATs are symmetric" if self._hope is Hope.NONE else ""
+        return f"failed {self._failed} times{why}"
 
     def check(self) -> None:
         assert (self._phase is None) == (not self._ours)
@@ -193,15 +192,18 @@ class Punch:
     def _step(self, event: Event, now: float) -> Iterator[Effect]:
         match event:
             case Relayed() if not self._wanted:
-                if now - self._settled > STABLE:
-                    self._failed = 0
-                self._wanted = True
+                if self._settled is not None:
+                    self._failed = 0 if now - self._settled > STABLE else self._failed + 1
+                self._wanted, self._settled = True, None
                 self._wait(now, self._pause() if self._failed else 0.0)
-            case Settled() | Gone():
-                if self._wanted and isinstance(event, Settled):
-                    self._settled = now
-                    self._failed += 1  # forgiven when it lasts
+            case Settled():
+                self._settled = now if self._wanted else self._settled
                 self._wanted = False
+                yield from self._stop()
+            case Gone():
+                if self._settled is not None:
+                    self._failed = 0
+                self._wanted, self._settled = False, None
                 yield from self._stop()
             case Changed(own, anew):
                 if anew or _essence(own) != _essence(self._own):

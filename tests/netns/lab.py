@@ -13,14 +13,12 @@ gone when the block is left, and what a killed process left is removed by the ne
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import ipaddress
 import itertools
 import os
 import shutil
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -28,13 +26,13 @@ from typing import TypeVar
 import attrs
 import pytest
 
+from tests.netns.delay import late
 from tests.netns.nats import PORT, PORT_RESTRICTED, Filtering, Nat, filter_rules, nat_rules
+from tests.netns.spaces import SPACES, inside
 
 HUB, HUB_TOO = "203.0.113.10", "203.0.113.9"
 HUB6, HUB6_TOO = "2001:db8::10", "2001:db8::9"
-SPACES = Path("/run/netns")
 PREFIX = "p2pg"
-CLONE_NEWNET = 0x40000000
 
 numbers = itertools.count()
 """Of the labs of this process."""
@@ -105,34 +103,6 @@ class Host:
         return sock
 
 
-def inside(space: str, make: Callable[[], T]) -> T:
-    """Call `make` in a thread whose namespace is `space`.  What it raises is raised here."""
-    made: list[T] = []
-    wrong: list[BaseException] = []
-
-    def enter() -> None:
-        try:
-            enter_space(space)
-            made.append(make())
-        except BaseException as error:  # handed over as it is
-            wrong.append(error)
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    if wrong:
-        raise wrong[0]
-    return made[0]
-
-
-def enter_space(space: str) -> None:
-    """Move this thread into a namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with (SPACES / space).open() as file:
-        if libc.setns(file.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"cannot enter {space}")
-
-
 def run(words: list[str], script: str) -> None:
     done = subprocess.run(words, input=script, capture_output=True, text=True, timeout=30)
     if done.returncode or done.stderr:
@@ -169,13 +139,16 @@ class Lab:
         """Call `make` in the hub: sockets that it makes stay there."""
         return inside(self.hub, make)
 
-    def home(self, nat: Nat = PORT_RESTRICTED) -> Host:
-        """A host behind a router of its own, or, where there is nothing between, on the wire."""
-        if nat.filtering is Filtering.NOBODY_ASKED:
-            return self._public(nat)
-        return self.homes(nat, 1)[0]
+    def home(self, nat: Nat = PORT_RESTRICTED, delay: float = 0.0) -> Host:
+        """A host behind a router of its own, or, where there is nothing between, on the wire.
 
-    def homes(self, nat: Nat, count: int) -> list[Host]:
+        `delay`: seconds that a packet takes between it and the wire.
+        """
+        if nat.filtering is Filtering.NOBODY_ASKED:
+            return self._public(nat, delay)
+        return self.homes(nat, 1, delay)[0]
+
+    def homes(self, nat: Nat, count: int, delay: float = 0.0) -> list[Host]:
         """Hosts behind one router, each in a network of its own."""
         n = self._number()
         router, carrier = f"nat{n}", f"isp{n}"
@@ -188,7 +161,7 @@ class Lab:
         cables += [(f"lan{k}", self.prefix + router, "eth0", self.prefix + h) for k, h in enumerate(hosts)]
         self._cables(*cables)
         outside = f"203.0.113.{10 + n}"
-        self._plug(n, f"2001:db8:{n:x}::/48 via 2001:db8::{n:x}:1" if nat.ipv6 else "")
+        self._plug(n, f"2001:db8:{n:x}::/48 via 2001:db8::{n:x}:1" if nat.ipv6 else "", delay)
         wan = f"{outside}/24"
         if nat.carrier:
             wan, gateway = f"100.64.{n}.2/24", f"100.64.{n}.1"
@@ -202,12 +175,12 @@ class Lab:
         assert self._routers < 240
         return self._routers
 
-    def _public(self, nat: Nat) -> Host:
+    def _public(self, nat: Nat, delay: float) -> Host:
         n = self._number()
         name, address, address6 = f"home{n}-0", f"203.0.113.{10 + n}", f"2001:db8::{n:x}:1"
         self._spaces(name)
         self._cables(("eth0", self.prefix + name, f"w{n}", self.wire))
-        self._plug(n, "")
+        self._plug(n, "", delay)
         self._set_up(
             self.prefix + name,
             f"addr add {address}/24 dev eth0",
@@ -249,12 +222,19 @@ class Lab:
         rules = nat_rules(nat, wan.split("/")[0]) * bool(wan) + filter_rules(nat)
         self._set_up(self.prefix + name, *commands, forward=True, rules=rules)
 
-    def _plug(self, n: int, route: str) -> None:
+    def _plug(self, n: int, route: str, delay: float) -> None:
         """Put the cable of router `n` into the bridge, and route what is behind it."""
-        commands = [f"link set w{n} master wire0 up"]
-        if route:
-            commands.append(f"-6 route add {route}")
-        self._set_up(self.wire, *commands)
+        commands = [f"-6 route add {route}"] * bool(route)
+        if delay:
+            longer = [
+                f"link add name d{n} type veth peer name e{n}",
+                f"link set d{n} up",
+                f"link set w{n} up",
+            ]
+            self._set_up(self.wire, *longer, f"link set e{n} master wire0 up", *commands)
+            self._undo.enter_context(late(self.wire, f"w{n}", f"d{n}", delay))
+        else:
+            self._set_up(self.wire, f"link set w{n} master wire0 up", *commands)
 
     # --- the few commands that all this is made by ----------------------------------------
 

@@ -60,7 +60,7 @@ PUBLIC = Nat("public", Filtering.NOBODY_ASKED, ipv6=True)
 FULL_CONE = Nat("full-cone", Filtering.ENDPOINT)
 ADDRESS_RESTRICTED = Nat("address-restricted", Filtering.ADDRESS)
 PORT_RESTRICTED = Nat("port-restricted")
-REMAP = Nat("fixed-remap", remaps=True, resets=True)
+REMAP = Nat("fixed-remap", remaps=True)
 SYMMETRIC = Nat("symmetric", independent=False)
 CGNAT = Nat("cgnat", carrier=True)
 HAIRPIN = Nat("hairpin", Filtering.ENDPOINT, hairpin=True)
@@ -68,6 +68,7 @@ ONLY_443 = Nat("only-443", only_443=True)
 IPV6_ONLY = Nat("ipv6-only", ipv4=False, ipv6=True)
 DUAL = Nat("symmetric-and-ipv6", independent=False, ipv6=True)
 STRICT = Nat("strict", strict=True)
+RESETTING = Nat("resetting", resets=True)
 
 KINDS = (
     PUBLIC,

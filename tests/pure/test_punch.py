@@ -185,7 +185,7 @@ def test_what_is_dialled_is_the_others_and_never_our_own(own: Stance, theirs: St
     assert {":" in host for host, _ in chosen} <= {":" in c.address[0] for c in own.candidates}
     for host, _ in chosen:
         ip = ipaddress.ip_address(host)
-        assert not (ip.is_loopback or ip.is_link_local or ip.is_multicast or ip.is_unspecified)
+        assert not any((ip.is_loopback, ip.is_link_local, ip.is_multicast, ip.is_unspecified))
 
 
 def test_addresses_at_home_are_dialled_by_neighbours_only():
@@ -374,6 +374,10 @@ def test_a_path_that_does_not_last_is_a_failure_and_one_that_does_is_forgiven():
     assert pauses[0] == 0 < pauses[1] < pauses[2]
     punch.step(Relayed(), at + STABLE)
     assert punch.deadline == at + STABLE
+    punch.step(Settled(), at + STABLE + 1)
+    punch.step(Gone(), at + STABLE + 2)  # nobody needed it any more
+    punch.step(Relayed(), at + STABLE + 3)
+    assert punch.deadline == at + STABLE + 3
 
 
 def test_a_link_that_is_gone_is_no_failure():
