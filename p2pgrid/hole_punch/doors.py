@@ -21,8 +21,10 @@ log = structlog.get_logger(__name__)
 
 HANDSHAKE_PATIENCE = 5.0
 """Seconds a connection at our port may take to show who it is."""
-HANDSHAKES_MAX = 32
-"""Connections at our port that have not shown who they are; the oldest gives way to one more."""
+HANDSHAKES_MAX = 256
+"""Connections at our port that have not shown who they are; the oldest gives way to one more.
+
+More than come at the same moment when a relay's peers all come back."""
 BACKLOG = 128
 MAGIC = 8
 """Bytes of a door's name."""
