@@ -104,6 +104,15 @@ class Calls(ABC):
         """Raises `Gone` or `Revoked`: stop the work."""
         return await self._ask(m.Renew(task, epoch, note[:200]), m.Lease)
 
+    async def neighbours(self, job: str) -> list[m.Neighbour]:
+        """Who runs tasks of `job` now.  Raises `NotFound` where that is nobody's business here."""
+        reply = await self._ask(m.Neighbours(job), m.NeighbourList)
+        found = list(reply.neighbours)
+        while reply.more:
+            reply = await self._ask(m.Neighbours(job, found[-1].peer), m.NeighbourList)
+            found += reply.neighbours
+        return found
+
     async def report(self, task: str, epoch: int, outcome: Outcome) -> None:
         """Raises `Gone` or `Revoked`: nobody waits for it, drop the result."""
         await self._ask(m.Report(task, epoch, outcome), m.Done)

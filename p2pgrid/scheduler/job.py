@@ -61,6 +61,8 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     time_limit: Seconds = 3600.0
     scratch: Bytes = 8 << 30
     net: Literal["none"] = "none"
+    lan: bool = False
+    """The guests of its tasks share a network of their own."""
     needs: Annotated[tuple[Word, ...], Meta(max_length=32)] = ()
     """Sharings that a worker must declare, as "root" or "virtualbox"."""
     retries: Annotated[int, Meta(ge=0, le=100)] = 3

@@ -55,6 +55,8 @@ ADDRESSES_MAX = 8
 """Addresses that a node tells of itself."""
 REVOCATIONS_MAX = 4096
 """Revocations that are told: the newest."""
+INDICES_MAX = 512
+"""Tasks of one job that are told of one node."""
 PROVIDERS_MAX = 8
 """Peers named with a datum to fetch; `Providers` tells up to 64."""
 
@@ -271,6 +273,16 @@ class Revoke(Message, frozen=True):
     token: Id
 
 
+class Neighbours(Message, frozen=True):
+    """A page of who runs tasks of a job now, by peer id, after the peer `after`.
+
+    Told to its submitter and, where the job has a LAN, to who runs one of its tasks.
+    """
+
+    job: Id
+    after: Annotated[str, Meta(max_length=128)] = ""
+
+
 class Revocations(Message, frozen=True):
     """Whose memberships are void before they expire."""
 
@@ -278,6 +290,7 @@ class Revocations(Message, frozen=True):
 Request = (
     Join | Beat | Pull | Renew | Report | Leave | Submit | Collect | Watch | Jobs | Cancel
     | Put | Draft | Forget | Data | Datum | Providers | Nodes | Revoke | Revocations
+    | Neighbours
 )  # fmt: skip
 
 
@@ -452,6 +465,22 @@ class ProviderList(Message, frozen=True):
     providers: Found
 
 
+class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A node that runs tasks of a job, and where it can be reached."""
+
+    peer: Peer
+    addresses: Addresses = ()
+    indices: Annotated[tuple[Count, ...], Meta(max_length=INDICES_MAX)] = ()
+    """Of those tasks."""
+
+
+class NeighbourList(Message, frozen=True):
+    """A page of the nodes that run a job; `more` where it goes on."""
+
+    neighbours: Annotated[tuple[Neighbour, ...], Meta(max_length=PAGE)] = ()
+    more: bool = False
+
+
 class NodeView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A member as people see it."""
 
@@ -501,7 +530,7 @@ class Failure(Message, frozen=True):
 
 Reply = (
     Welcome | Orders | Grant | Nothing | Lease | Done | JobView | JobList | DatumView | DataList
-    | ProviderList | NodeList | RevocationList | Failure
+    | ProviderList | NodeList | RevocationList | NeighbourList | Failure
 )  # fmt: skip
 
 

@@ -150,6 +150,8 @@ class Schedule:
                 return submissions.data(peer, data)
             case m.Nodes() as nodes:
                 return submissions.nodes(nodes, now)
+            case m.Neighbours() as neighbours:
+                return submissions.neighbours(peer, neighbours)
             case m.Providers(datum_cid):
                 return m.ProviderList(self.roster.providers(datum_cid, peer, 64))
 

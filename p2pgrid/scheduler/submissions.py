@@ -141,6 +141,16 @@ class Submissions:
         shown, more = views.page(mine, [row.record.datum for row in mine], request.after)
         return m.DataList(tuple(views.datum_view(row, self._roster, 0) for row in shown), more)
 
+    def neighbours(self, peer: PeerId, request: m.Neighbours) -> m.NeighbourList:
+        job = self._work.jobs.get(request.job)
+        runs = views.who_runs(job) if job is not None else {}
+        if job is None or not (job.job.spec.lan and peer in runs):
+            self.visible(request.job, peer)
+        peers = sorted(p for p in runs if p > request.after)
+        shown = peers[: m.PAGE]
+        rows = (m.Neighbour(p, self._roster.node(p).addresses, runs[p][: m.INDICES_MAX]) for p in shown)
+        return m.NeighbourList(tuple(rows), more=len(shown) < len(peers))
+
     def nodes(self, request: m.Nodes, now: float) -> m.NodeList:
         peers = sorted(p for p in self._members if self._members.roles(p))
         shown, more = views.page(peers, peers, request.after)

@@ -86,6 +86,16 @@ def job_row(job: JobState) -> m.JobRow:
     )
 
 
+def who_runs(job: JobState) -> dict[PeerId, tuple[int, ...]]:
+    """The indices of the tasks that run now, by the node that runs them."""
+    runs: dict[PeerId, tuple[int, ...]] = {}
+    if job.counts.get("running"):
+        for task in job.tasks:
+            if task.state == "running" and task.node is not None:
+                runs[task.node] = (*runs.get(task.node, ()), task.index)
+    return runs
+
+
 def datum_view(row: DatumRow, roster: Roster, owners_shown: int) -> m.DatumView:
     owners = tuple(roster.owners(row.record.datum))
     return m.DatumView(row.record, row.submitter, row.created, owners[:owners_shown], len(owners))

@@ -24,7 +24,7 @@ ANY = m.Request | m.Reply
 
 
 def test_the_page_has_vectors():
-    assert len(VECTORS) == 12
+    assert len(VECTORS) == 14
 
 
 @pytest.mark.parametrize(("spelled", "frame"), VECTORS, ids=[s.split("(")[0] for s, _ in VECTORS])
@@ -122,6 +122,7 @@ LARGEST = [
     m.JobList((m.JobRow("j" * 64, WIDE * 128, CID, "p" * 128, 1.0, "running", {}),) * m.PAGE),
     m.ProviderList((PROVIDER,) * 64),
     m.RevocationList("r" * 64, (m.Revocation("p" * 128, 1e10),) * m.REVOCATIONS_MAX),
+    m.NeighbourList((m.Neighbour("p" * 128, ADDRESSES, (1 << 62,) * m.INDICES_MAX),) * m.PAGE),
     m.Grant("t" * 64, 1, "j" * 64, 1, SPEC, "p" * 128, 1.0, WANTED, WANTED),
     m.Failure("c" * 64, WIDE * 1000),
 ]
