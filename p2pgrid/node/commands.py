@@ -8,16 +8,17 @@ import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import attrs
 from cyclopts import App, Parameter
 
 from p2pgrid import __version__
-from p2pgrid.errors import Conflict, GridError, Misused, NotFound, Refused
-from p2pgrid.node import api, launch, show
+from p2pgrid.errors import Conflict, GridError, Misused, NotFound, Refused, TimedOut, Unreachable
+from p2pgrid.node import api, launch, show, show_links
 from p2pgrid.node.config import FILE, MEMBERSHIP, TICKET, Config
 from p2pgrid.node.console import default_home, emit, parse_size, say, ticket_text
+from p2pgrid.node.plain import cleaned
 
 app = App(name="p2pnode", version=f"p2pnode {__version__}", help="Lend this computer to a grid.")
 
@@ -157,6 +158,42 @@ def _set_up(
 def status(*, data_dir: Home = None, as_json: Json = False) -> int:
     """Show this node: its grid, what it holds, what it runs."""
     emit(api.call(_home(data_dir), "status"), as_json, show.status)
+    return 0
+
+
+@app.command
+def ping(
+    peer: Annotated[str, Parameter(name="PEER", help="A node's name or peer id, or coordinator.")],
+    /,
+    *,
+    count: Annotated[
+        int | None, Parameter(help="How many times [4; with --until-direct at most 60].", show_default=False)
+    ] = None,
+    until_direct: Annotated[
+        bool, Parameter(negative="", help="Go on until nobody else passes on what travels.")
+    ] = False,
+    data_dir: Home = None,
+    as_json: Json = False,
+) -> int:
+    """Ping another node over the link to it: a line for each with the way there and the time."""
+    answered: list[dict[str, Any]] = []
+
+    def tell(event: dict[str, Any]) -> None:
+        row = cleaned(event["ping"])
+        if not as_json:
+            print(show_links.pinged(row, answered[-1] if answered else None), flush=True)
+        if row["seconds"] is not None:
+            answered.append(row)
+
+    args = {"peer": peer, "count": count or (60 if until_direct else 4), "until_direct": until_direct}
+    if count is not None and count < 1:
+        raise Misused(why="--count is at least 1")
+    told = api.call(_home(data_dir), "ping", args, tell)
+    emit(told, as_json, show_links.ping)
+    if not told["answered"]:
+        raise Unreachable(who=peer, why=told["pings"][-1]["why"])
+    if until_direct and told["way"] == "relayed":
+        raise TimedOut(what=f"a way to {peer} that needs no relay; what runs over the link goes on")
     return 0
 
 

@@ -29,7 +29,7 @@ from p2pgrid.dht.store import Store
 from p2pgrid.errors import Conflict, GridError, Misconfigured, NotAuthorised, Temporary, Unreachable
 from p2pgrid.hole_punch.host import Host, open_host
 from p2pgrid.ids import PeerId
-from p2pgrid.node import disks, jobs
+from p2pgrid.node import disks, jobs, links
 from p2pgrid.node.api import Op, Tell, daemon_runs, failure, leaves, serve_api
 from p2pgrid.node.config import TICKET, Config
 from p2pgrid.node.console import say
@@ -294,6 +294,7 @@ def _ops(node: Node) -> dict[str, Op]:
         "leave": _leave,
         "prefs": prefs,
         "node_ls": _nodes,
+        "ping": links.ping,
         "put": disks.put,
         "get": disks.get,
         "disk_ls": disks.ls,
@@ -327,6 +328,8 @@ async def _status(node: Node, args: dict[str, Any], tell: Tell) -> Any:
         "connected": node.connected or node.grid == node.network.me,
         "addresses": list(node.network.addresses),
         "paused": node.exchange.links.paused,
+        "membership_ends": node.standing.mine.ends if node.standing.mine is not None else None,
+        "links": links.rows(node),
         "running": [f"{r.task} ({r.note})" for r in node.running.values()],
         "received": dict(node.received),
         "served": dict(node.exchange.served),

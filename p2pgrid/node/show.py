@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from p2pgrid.node import show_links
 from p2pgrid.node.console import size, table
 
 GRID_FAILURE = 125
@@ -156,7 +157,9 @@ def status(v: Answer) -> str:
         f"grid     {v['grid']}  {'connected' if v['connected'] else 'out of reach, trying again'}",
         f"running  {', '.join(v['running']) or 'nothing'}",
         f"received {size(sum(v['received'].values()))}   served {size(sum(v['served'].values()))}",
+        *([f"paused   {v['paused']}"] if v["paused"] else []),
         *(f"holds    {d['datum'][:24]}…  {d['chunks']}/{d['total']} chunks" for d in v["holds"]),
+        *show_links.links(v["links"]),
     ]
     return "\n".join(lines)
 

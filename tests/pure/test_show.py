@@ -108,7 +108,8 @@ def test_nodes_jobs_results_and_status_are_tables():
     assert show.results({"folder": "x", "tasks": 1, "files": 2, "bytes": 3}) == "x  1 task(s), 2 file(s), 3 B"
     status = {
         "name": "ann", "peer": "12D3", "roles": ["worker"], "grid": "12D4", "connected": False, "running": [],
-        "received": {"p": 5}, "served": {}, "holds": [{"datum": CID, "chunks": 1, "total": 2, "bytes": 3}],
+        "received": {"p": 5}, "served": {}, "paused": "", "links": [],
+        "holds": [{"datum": CID, "chunks": 1, "total": 2, "bytes": 3}],
     }  # fmt: skip
     assert "out of reach" in show.status(status)
     assert "1/2 chunks" in show.status(status)

@@ -62,6 +62,11 @@ class Owner:
 
 
 @attrs.define
+class NoLinks:
+    addresses: tuple[str, ...] = ()
+
+
+@attrs.define
 class Exchange:
     links: Any
 
@@ -73,9 +78,11 @@ def member(home: Path, world: MemoryWorld, owner: MemoryNetwork, name: str, cloc
     standing = Standing(home, network.me, owner.me, network.verify, steady=clock, wall=clock)
     calls: Any = Owner(clock, owner, network.me)
     none: Any = None
+    exchange: Any = Exchange(NoLinks())
     config = Config(roles=("worker",), name=name)
     return Node(
-        home, config, none, network, none, none, none, calls, owner.me, ("worker",), trio.Event(), standing
+        home, config, none, network, none, none, exchange, calls, owner.me, ("worker",),
+        trio.Event(), standing,
     )  # fmt: skip
 
 
