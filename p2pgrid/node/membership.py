@@ -69,10 +69,12 @@ async def keep_standing(node: Node) -> None:
             told = standing.shown
             for link in node.exchange.links.live():
                 link.send(bytes([SHOWN]), told)
-        for link in node.exchange.links.live():
-            why = standing.over(link.peer)
-            if why:
-                link.close(why)
+        for peer, why in standing.over():
+            for bar in standing.bars:
+                bar(peer, why)
+            for link in node.exchange.links.live():
+                if link.peer == peer:
+                    link.close(why)
         if standing.unsaved:
             try:
                 await trio.to_thread.run_sync(standing.save)

@@ -36,8 +36,8 @@ STEP = 30.0
 """Seconds by which the wall clock may come to differ otherwise before that is written down."""
 NOTED = 3600.0
 """Seconds after which the time is written down in any case."""
-HEARD_MAX = 1024
-"""Peers whose memberships are remembered: more than there can be links."""
+HEARD_MAX = 8192
+"""Peers whose memberships are remembered: many more than there can be links."""
 
 
 class _Kept(msgspec.Struct):
@@ -74,6 +74,8 @@ class Standing:
     changes: int = 0
     """How often something was learned; see `beyond`."""
     unsaved: bool = False
+    bars: list[Callable[[PeerId, str], None]] = attrs.field(factory=list)
+    """Called with each peer that is no member any more, and why; in trio's thread."""
     _kept: _Kept = attrs.field(factory=lambda: _Kept(""))
     _told: tuple[float, float] | None = None
     """The grid's time, and when that was by the steady clock; None: not in this life."""
@@ -176,14 +178,23 @@ class Standing:
                 del self._heard[next(iter(self._heard))]
         return why
 
-    def over(self, peer: PeerId) -> str:
-        """Why a link that was made with `peer` ends now; empty: it goes on."""
+    def barred(self, peer: PeerId) -> str:
+        """Why `peer` is no member by what it last showed; empty: it is one.  Any thread may ask."""
         heard = self._heard.get(peer)
-        if heard is None:
+        if peer == self.grid:
             return ""
+        if heard is None:
+            return "it has shown no membership"
         if heard.issued <= self.revoked.get(peer, -1.0):
             return "its membership was revoked"
         return "its membership has expired" if self.now() >= heard.ends else ""
+
+    def over(self) -> list[tuple[PeerId, str]]:
+        """Whose membership is over since the last look, and why; they have shown none from now on."""
+        over = [(peer, why) for peer in self._heard if (why := self.barred(peer))]
+        for peer, _ in over:
+            del self._heard[peer]
+        return over
 
     # --- who waits for news -------------------------------------------------------------------
 

@@ -151,19 +151,24 @@ def test_a_link_is_over_when_what_was_shown_is(tmp_path: Path):
     assert standing.allow(ANN, membership(START, ANN, life=1000.0)) == ""
     assert standing.allow(GRID, b"") == ""
     machine.true += 1099
-    assert standing.over(ANN) == standing.over(GRID) == ""
+    assert standing.barred(ANN) == standing.barred(GRID) == ""
+    assert standing.over() == []
     machine.true += 2
-    assert "expired" in standing.over(ANN)
-    assert standing.over(GRID) == ""
-    assert standing.allow(ANN, membership(machine.true, ANN)) == ""  # it was told on the link
-    assert standing.over(ANN) == ""
+    assert "expired" in standing.barred(ANN)
+    assert [peer for peer, _ in standing.over()] == [ANN]
+    assert standing.over() == []
+    assert standing.barred(ANN) == standing.barred(PeerId("never seen")) == "it has shown no membership"
+    assert standing.barred(GRID) == ""
+    assert standing.allow(ANN, membership(machine.true, ANN)) == ""
+    assert standing.barred(ANN) == ""
     standing.revoke(revoked(machine.true))
-    assert "revoked" in standing.over(ANN)
-    assert standing.over(PeerId("never seen")) == ""
+    assert "revoked" in standing.barred(ANN)
+    ((peer, why),) = standing.over()
+    assert (peer, "revoked" in why) == (ANN, True)
 
 
 def test_who_was_refused_is_not_remembered(tmp_path: Path):
     standing = Machine(tmp_path).boot()
-    for number in range(2000):
+    for number in range(20):
         assert standing.allow(PeerId(f"p{number}"), b"noise") != ""
     assert not standing._heard

@@ -167,6 +167,8 @@ async def test_a_link_ends_with_what_its_peer_showed(tmp_path: Path) -> None:
 async def test_who_is_revoked_loses_its_links_and_makes_none(tmp_path: Path) -> None:
     async with open_two(tmp_path) as (a, links, b, others, clock):
         await links.link(b.network.me)
+        barred: list[PeerId] = []
+        b.standing.bars.append(lambda peer, why: barred.append(peer))
         calls: Any = b.coordinator
         calls.listed = m.RevocationList("r", (m.Revocation(a.network.me, clock.now),))
         calls.away = Unreachable(who="owner", why="away")
@@ -176,6 +178,7 @@ async def test_who_is_revoked_loses_its_links_and_makes_none(tmp_path: Path) -> 
         await heed(b, m.Orders(now=clock.now, revocations="r"))
         await ended(others, a.network.me)
         await ended(links, b.network.me)
+        assert barred == [a.network.me]
         for one, peer in ((links, b.network.me), (others, a.network.me)):
             with pytest.raises(Unreachable, match="revoked"):
                 await one.link(peer)
