@@ -29,6 +29,8 @@ NEEDS: dict[type[Any], str] = {
     m.Revoke: "coordinator",
 }  # fmt: skip
 """The role that a request needs; any member may ask the rest."""
+INSTANT = 0.001
+"""Seconds: what is issued tells its time no more exactly."""
 
 
 class Admission(Protocol):
@@ -100,10 +102,14 @@ class Members:
             raise NotAuthorised(why="a new member needs a ticket")
         name = request.name or (member.name if member else peer[-8:])
         since, revoked = (member.joined, member.revoked) if member else (now, 0.0)
+        # What it gets now is not void, even if our clock was set back; that older ones hold matters no more.
+        revoked = revoked if revoked < now - INSTANT else 0.0
         joined = Member(peer, name, roles, request.shares, since, revoked)
         if joined != member:
             self._members[peer] = joined
             self._rows.append(joined)
+            if member and member.revoked != revoked:
+                self._list_revocations(now)
         return joined
 
     def _admit(self, peer: PeerId, admission: Admission) -> None:

@@ -76,6 +76,19 @@ def test_who_is_let_in_again_is_told_of_by_time_only():
     assert told(history) == {"ann": at}
 
 
+def test_who_is_let_in_again_is_in_though_the_coordinator_s_clock_was_set_back():
+    history = grid()
+    history.ask(OWNER, m.Revoke("ann"))
+    for back in (0.0, 0.0005, 400.0):
+        history.now -= back
+        history.restart()
+        assert "ann" in told(history)
+        ticket = Pass("worker", f"again-{back}")
+        assert history.ask("ann", m.Join(ticket="t"), ticket).roles == ("worker",)
+        assert told(history) == {}
+        history.ask("ann", m.Leave())
+
+
 def test_who_lost_one_of_two_roles_has_to_show_a_newer_membership():
     history = grid()
     history.ask("ann", m.Join(ticket="t"), Pass("submitter", "two"))

@@ -24,6 +24,7 @@ from p2pgrid.hole_punch.certificate import Certificate
 from p2pgrid.hole_punch.framing import MESSAGE_MAX
 from p2pgrid.hole_punch.greeting import Allow, Greeting, Hello, Verdict, Welcome
 from p2pgrid.hole_punch.link import LOW, QUEUE_MAX, Path
+from p2pgrid.hole_punch.negotiation import Answer, Decline, DialBack, Dialled, Offer
 from p2pgrid.hole_punch.path import Address
 from p2pgrid.hole_punch.rates import FILL, RECORD, Limits
 from p2pgrid.hole_punch.switchboard import Switchboard
@@ -220,6 +221,35 @@ async def test_only_members_get_links() -> None:
             await links.link(b.me)
         with pytest.raises(Unreachable, match="not a member"):
             await others.link(a.me)
+
+
+async def test_no_stranger_is_told_an_address_or_dialled() -> None:
+    async with open_world() as world:
+        a, b = world.join("a"), world.join("b")
+        a.learn(b.me, b.addresses)
+
+        def members(peer: PeerId, shown: bytes) -> str:
+            return "" if shown == b"a's" else "a stranger"
+
+        async with open_links(b, LOOPBACK, Inbox(), members, lambda: b"b's secret") as links:
+            with socket.create_server(("127.0.0.1", 0)) as mine, trio.fail_after(10):
+                mine.setblocking(False)
+                told = [f"127.0.0.1:{mine.getsockname()[1]}"]
+                stranger = await a.open(b.me, bulk.PROTOCOL)
+                await stranger.send(Offer(told, b"noise"))
+                assert await stranger.receive(Answer | Decline) == Decline("a stranger")
+                with pytest.raises(Unreachable):  # nobody hears it: the channel has ended
+                    await stranger.send(DialBack())
+                    await stranger.receive(Dialled)
+                with pytest.raises(BlockingIOError):
+                    mine.accept()
+                member = await a.open(b.me, bulk.PROTOCOL)
+                await member.send(Offer(told, b"a's"))
+                answer = await member.receive(Answer | Decline)
+                assert answer == Answer([f"127.0.0.1:{links.bound[0][1]}"], b"b's secret")
+                await member.send(DialBack())
+                await trio.lowlevel.wait_readable(mine)
+                mine.accept()[0].close()
 
 
 async def test_who_belongs_where_is_shown_to_no_stranger() -> None:
