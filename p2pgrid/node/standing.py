@@ -52,7 +52,9 @@ class _Kept(msgspec.Struct):
 
 def _steady() -> float:
     """Seconds since some moment, those included for which the machine slept."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
 
 
 @attrs.define(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -13,10 +14,11 @@ import attrs
 import pytest
 import trio
 
-from p2pgrid.errors import Misused, NotAuthorised, NotFound, Unreachable
+from p2pgrid.errors import GridError, Misused, NotAuthorised, NotFound, Unreachable
 from p2pgrid.hole_punch.bulk import Links, Way, open_links
 from p2pgrid.hole_punch.greeting import bare
 from p2pgrid.ids import PeerId
+from p2pgrid.node import commands
 from p2pgrid.node import links as node_links
 from p2pgrid.node.links import find, ping, rows
 from p2pgrid.scheduler import messages as m
@@ -199,6 +201,44 @@ async def test_whom_a_person_may_name(tmp_path: Path) -> None:
         assert await find(node, STRANGER) == (STRANGER, "")
         with pytest.raises(Misused, match="count"):
             await pair.ping(STRANGER, count=0)
+
+
+PINGED = {
+    "peer": STRANGER, "name": "ann", "answered": 1, "way": "relayed", "via": STRANGER, "min": 0.1,
+    "median": 0.1, "max": 0.1, "direct_after": None, "pings": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "code"),
+    [
+        ({}, {}, 0),
+        ({}, {"until_direct": True}, 5),
+        ({"way": "punched"}, {"until_direct": True}, 0),
+        ({"answered": 0, "pings": [{"why": "no answer in 3 s"}]}, {}, 6),
+    ],
+)
+def test_what_a_ping_exits_with(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    said: dict[str, Any],
+    words: dict[str, Any],
+    code: int,
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def call(home: Path, op: str, args: dict[str, Any], on_event: Any) -> dict[str, Any]:
+        asked.append(args)
+        return PINGED | said
+
+    monkeypatch.setattr(commands.api, "call", call)
+    try:
+        ended = commands.ping("ann", as_json=True, **words)
+    except GridError as error:
+        ended = error.exit_code
+    assert ended == code
+    assert asked == [{"peer": "ann", "count": 60 if words else 4, "until_direct": bool(words)}]
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, **PINGED, **said}
 
 
 def test_ping_on_the_command_line(tmp_path: Path) -> None:
