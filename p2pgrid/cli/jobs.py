@@ -40,7 +40,7 @@ def run(
     cpus: Annotated[int, Parameter(help="Processors of the VM.")] = 1,
     time: Annotated[str, Parameter(help="Wall time after which the VM is ended.")] = "1h",
     scratch: Annotated[str, Parameter(help="Size of /scratch.")] = "8G",
-    net: Annotated[str, Parameter(help="none (the guest has no network).")] = "none",
+    net: Annotated[str, Parameter(help="none, or lan: the job's guests, and nobody else.")] = "none",
     needs: Annotated[
         list[str] | None, Parameter(help="A sharing that the worker must have.", negative="")
     ] = None,
@@ -60,8 +60,8 @@ def run(
     With no DISK, the one last put.  In the foreground the exit code is the guest's (the
     first that is not 0), 125 when the grid failed.
     """
-    if net != "none":
-        raise Misused(why=f"--net {net!r}: this version gives guests no network; only 'none' is possible")
+    if net not in ("none", "lan"):
+        raise Misused(why=f"--net {net!r}: a guest has no network (none), or one with those of its job (lan)")
     home, origins, indices = home_of(data_dir), origins_of(origin), parse_indices(array)
     if output and not detach:
         check_free(output, indices)  # now, not when hours of work would have nowhere to go
@@ -76,6 +76,7 @@ def run(
         "time_limit": parse_duration(time),
         "scratch": parse_size(scratch),
         "needs": needs or [],
+        "lan": net == "lan",
         "name": name,
         "origins": origins,
     }

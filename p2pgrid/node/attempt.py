@@ -9,8 +9,10 @@ the disk that has rotted here is neither: the guest waits while it is fetched ag
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import Counter
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import attrs
@@ -30,7 +32,7 @@ from p2pgrid.node.speed import FetchNote
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import Outcome, ResultTree
 from p2pgrid.transfer.exchange import Progress
-from p2pgrid.vm.guest import GuestEnd, GuestSpec, Hypervisor, run_guest
+from p2pgrid.vm.guest import Cable, GuestEnd, GuestSpec, Hypervisor, run_guest
 
 log = structlog.get_logger()
 
@@ -152,13 +154,22 @@ async def _boot(
 ) -> GuestEnd:
     """Run the guest.  Raises what its disk broke with: then the guest's own end says nothing."""
     end: GuestEnd | None = None
-    with trio.CancelScope() as scope:
-        base = ShelfSource(node, grant.disk, shelf, scope)
-        end = await run_guest(hypervisor, base, spec, context, lease.folder)
+    async with _lan(node, grant) as cable:
+        with trio.CancelScope() as scope:
+            base = ShelfSource(node, grant.disk, shelf, scope)
+            end = await run_guest(hypervisor, base, attrs.evolve(spec, lan=cable), context, lease.folder)
     if base.broken is not None:
         raise base.broken
     assert end is not None
     return end
+
+
+def _lan(node: Node, grant: m.Grant) -> AbstractAsyncContextManager[Cable | None]:
+    """What the guest's network card is plugged into, where its job has a LAN."""
+    if not grant.spec.lan:
+        return contextlib.nullcontext()
+    assert node.lans is not None
+    return node.lans.plug(grant)
 
 
 def _pack(node: Node, results: Path, console: Path) -> tuple[ResultTree, str]:

@@ -37,6 +37,7 @@ from p2pgrid.node.daemon_log import keep_log_short
 from p2pgrid.node.grid import make_ticket, open_grid, ticket_id
 from p2pgrid.node.holdings import keep_holding
 from p2pgrid.node.identity import Identity
+from p2pgrid.node.lan import open_lans
 from p2pgrid.node.membership import hear_renewals, keep_membership, keep_standing
 from p2pgrid.node.node import Node
 from p2pgrid.node.plain import plain
@@ -229,6 +230,10 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
             home, config, identity, host, index, store, exchange, calls, grid, roles, stopping, standing
         )
         _keep_port(home, config, host)
+        if "worker" in roles:
+            node.lans = await rooms.enter_async_context(
+                open_lans(host.me, exchange.links, calls, exchange.learn)
+            )
         nursery = await rooms.enter_async_context(trio.open_nursery())
         nursery.start_soon(keep_log_short, home)
         nursery.start_soon(keep_holding, node)

@@ -20,6 +20,7 @@ from p2pgrid.ids import Cid, PeerId
 from p2pgrid.net import Index, Network
 from p2pgrid.node.config import Config
 from p2pgrid.node.identity import Identity
+from p2pgrid.node.lan import Lans
 from p2pgrid.node.prefs import Prefs
 from p2pgrid.node.standing import Standing
 from p2pgrid.scheduler import messages as m
@@ -104,6 +105,8 @@ class Node:
     """Since when drafts that are followed here have not been ordered."""
     resting: int = 0
     """Slots that take no lease for a while, since the last ones failed here."""
+    lans: Lans | None = None
+    """Where its guests meet those of other nodes; a worker has it."""
     connected: bool = False
     _news: trio.Event = attrs.field(factory=trio.Event)
     _unannounced: dict[str, None] = attrs.field(factory=dict)
