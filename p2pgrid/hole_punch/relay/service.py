@@ -61,6 +61,16 @@ FILES_EACH = 6
 """Open files of a circuit at most: two connections, and a pipe each way."""
 
 
+BUSY = 1e6
+"""Bytes a second from which on more is let come between turns: nobody types as much."""
+SMALL = 256 << 10
+"""Bytes of a turn that is worth what it costs: a turn takes the same time for one packet."""
+PAUSE = 0.008
+"""Seconds at most to let as many come, as network cards moderate interrupts."""
+LOOK = 0.01
+"""Seconds over which the rate is taken."""
+
+
 class Carrier(Protocol):
     """What a relay needs of a link."""
 
@@ -109,7 +119,8 @@ class RelayService:
         self._lines: dict[int, socket.socket] = {}
         self._line = 0
         self._stopped = False
-        self._bytes = 0
+        self._bytes = self._lately = 0
+        self._looked = self._rate_now = 0.0
         self._refused: Counter[str] = Counter()
 
     # --- from any thread --------------------------------------------------------------------
@@ -189,7 +200,8 @@ class RelayService:
                 self._splicer.wait(None if until == math.inf else max(0.0, until - now), now)
                 while self._inbox:
                     self._inbox.popleft()()
-                self._splicer.turn(time.monotonic())
+                if pause := self._moderation(self._splicer.turn(time.monotonic())):
+                    time.sleep(pause)
                 if self._board.deadline <= time.monotonic():
                     self._step(Tick())
         finally:
@@ -199,6 +211,15 @@ class RelayService:
             self._splicer.close()
             self._woken.close()
             self._waker.close()
+
+    def _moderation(self, moved: int) -> float:
+        """Seconds to let more come, where much is carried but little was in this turn."""
+        now = time.monotonic()
+        self._lately += moved
+        if now >= self._looked + LOOK:
+            self._rate_now = self._lately / (now - self._looked)
+            self._lately, self._looked = 0, now
+        return min(PAUSE, 2 * SMALL / self._rate_now) if 0 < moved < SMALL and self._rate_now > BUSY else 0.0
 
     def _open(self, limits: Limits) -> None:
         self._rate.rate = limits.rate

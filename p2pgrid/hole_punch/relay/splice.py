@@ -218,16 +218,16 @@ class Splicer:
 
     # --- moving -----------------------------------------------------------------------------
 
-    def turn(self, now: float) -> None:
-        """Let every direction that can go on do so once, as far as rates allow."""
+    def turn(self, now: float) -> int:
+        """Let every direction that can go on do so once, as far as rates allow: how many bytes came in."""
         while self._later and self._later[0][0] <= now:
             self._ready.append(heapq.heappop(self._later)[2])
         capped = any(bucket.rate < math.inf for bucket in self._buckets)
-        self._again = 0.0
+        self._again, total = 0.0, 0
         for _ in range(len(self._ready)):
             if capped and (wait := max(bucket.wait(now) for bucket in self._buckets)):
                 self._again = wait
-                return
+                return total
             end = self._ready.popleft()
             end.waiting = False
             if not end.circuit.open:
@@ -237,9 +237,11 @@ class Splicer:
                 continue
             is_capped = capped or end.circuit.bucket.rate < math.inf
             moved = self._move(end, CAPPED_TURN if is_capped else TURN, now)
+            total += moved
             if moved and is_capped:
                 for bucket in (*self._buckets, end.circuit.bucket):
                     bucket.spend(int(ON_THE_WIRE * moved), now)
+        return total
 
     def _move(self, end: _End, most: int, now: float) -> int:
         """Carry about `most` bytes on from `end`: how many came in."""
