@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -33,6 +34,7 @@ class Peers:
     asked: list[Cid] = attrs.field(factory=list)
     most: int | None = None
     """The bound of the last fetch."""
+    links: Any = attrs.field(factory=lambda: SimpleNamespace(addresses=[]))
 
     async def fetch(
         self,
@@ -49,6 +51,9 @@ class Peers:
         else:
             self.bring(datum)
         return Fetched({}, 0, 0, 0.0)
+
+    def learn(self, peer: PeerId, addresses: Iterable[str]) -> None:
+        """Nobody is dialled."""
 
     def settle(self) -> None:
         """Nothing is followed here."""

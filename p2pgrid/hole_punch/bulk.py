@@ -51,6 +51,8 @@ log = structlog.get_logger(__name__)
 
 GREETING_PATIENCE = 5.0
 """Seconds for the greeting over a connection that was made elsewhere."""
+CIRCUITS_TOLD = 2
+"""Relays that members are told of: one may die."""
 LINKS_MAX = 512
 """Links of one node; more are declined."""
 
@@ -139,7 +141,7 @@ class Links:
     def addresses(self) -> list[str]:
         """Where we take links, as multiaddrs, for others to be told."""
         told = filter(None, map(parse_address, self._own_addresses()))
-        return [*map(to_multiaddr, told), *map(circuit_to_multiaddr, self.circuits)]
+        return [*map(circuit_to_multiaddr, self.circuits[:CIRCUITS_TOLD]), *map(to_multiaddr, told)]
 
     def _own_addresses(self) -> list[str]:
         """Where we can be dialled, as `host:port`."""

@@ -41,7 +41,7 @@ from p2pgrid.node.lan import open_lans
 from p2pgrid.node.membership import hear_renewals, keep_membership, keep_standing
 from p2pgrid.node.node import Node
 from p2pgrid.node.plain import plain
-from p2pgrid.node.reach import index_mode
+from p2pgrid.node.reach import index_mode, told
 from p2pgrid.node.rules import keep_rules, prefs
 from p2pgrid.node.standing import Standing
 from p2pgrid.node.ticket import read_ticket
@@ -225,7 +225,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
             if grid == host.me
             else Coordinator(host, grid)
         )
-        roles = await _join(home, config, host, calls, standing)
+        roles = await _join(home, config, told(exchange.links.addresses, host.addresses), calls, standing)
         node = Node(
             home, config, identity, host, index, store, exchange, calls, grid, roles, stopping, standing
         )
@@ -252,16 +252,18 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         nursery.cancel_scope.cancel()
 
 
-async def _join(home: Path, config: Config, host: Host, calls: Calls, standing: Standing) -> tuple[str, ...]:
+async def _join(
+    home: Path, config: Config, addresses: tuple[str, ...], calls: Calls, standing: Standing
+) -> tuple[str, ...]:
     """Become a member, or say that we are back; a member starts without the coordinator, too."""
     if config.coordinator is None:
-        standing.welcome(await calls.join("", config.name, config.shares, tuple(host.addresses)))
+        standing.welcome(await calls.join("", config.name, config.shares, addresses))
         return config.roles
     secret = home / TICKET
     token = read_ticket(secret.read_text()).token if secret.exists() else ""
     for attempt in range(JOIN_TRIES):
         try:
-            welcome = await calls.join(token, config.name, config.shares, tuple(host.addresses))
+            welcome = await calls.join(token, config.name, config.shares, addresses)
         except (Unreachable, Temporary):
             if attempt + 1 < JOIN_TRIES:
                 await trio.sleep(1 + attempt)

@@ -91,7 +91,7 @@ async def telling(node: Node, replica: int) -> AsyncIterator[Telling]:
 async def follow(node: Node, wanted: m.Wanted) -> None:
     """Follow what was ordered until it is here no more.  Raises what makes it impossible."""
     for provider in wanted.peers:
-        node.network.learn(PeerId(provider.peer), provider.addresses)
+        node.exchange.learn(PeerId(provider.peer), provider.addresses)
     names = [PeerId(provider.peer) for provider in wanted.peers]
     try:
         node.received.update(await node.exchange.follow(Cid.parse(wanted.datum), names))

@@ -107,7 +107,7 @@ async def _beat(node: Node, patience: float) -> m.Beat:
         total=total,
         free=free(node, total),
         shares=node.config.shares,
-        addresses=tuple(node.network.addresses)[: m.ADDRESSES_MAX],
+        addresses=node.addresses,
         status=status(node.running.values(), node.troubles.values()),
         patience=min(patience, m.PATIENCE_MAX),
         cut=cut,

@@ -40,9 +40,7 @@ async def keep_membership(node: Node) -> None:
             await standing.beyond(seen)
             continue
         try:
-            welcome = await node.coordinator.join(
-                "", node.config.name, node.config.shares, tuple(node.network.addresses)
-            )
+            welcome = await node.coordinator.join("", node.config.name, node.config.shares, node.addresses)
         except GridError as away:
             log.info("the membership could not be renewed", why=str(away), ends=_ends(node))
             pause = min(AGAIN_MAX, AGAIN_MIN * 2.0**failures)

@@ -22,6 +22,7 @@ from p2pgrid.node.config import Config
 from p2pgrid.node.identity import Identity
 from p2pgrid.node.lan import Lans
 from p2pgrid.node.prefs import Prefs
+from p2pgrid.node.reach import told
 from p2pgrid.node.standing import Standing
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls
@@ -123,6 +124,11 @@ class Node:
         await self._news.wait()
         self._news = trio.Event()
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where this node is, for members to be told."""
+        return told(self.exchange.links.addresses, self.network.addresses)
+
     async def fetch(
         self,
         datum: str,
@@ -140,7 +146,7 @@ class Node:
         more than `most` bytes.
         """
         for provider in peers:
-            self.network.learn(PeerId(provider.peer), provider.addresses)
+            self.exchange.learn(PeerId(provider.peer), provider.addresses)
         names = [PeerId(p.peer) for p in peers]
         with trio.CancelScope() as scope:
             scope.deadline = trio.current_time() + patience

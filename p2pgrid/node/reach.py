@@ -1,4 +1,4 @@
-"""Decide whether a node serves the index or only asks it.
+"""Decide what others are told of where this node is, and whether it serves the index or only asks it.
 
 Pure.  A server that others cannot reach loses the keys it is given (Petals, PR #195), so a
 node behind a NAT is a client.  Until a node can have its reachability tried by others, its
@@ -13,12 +13,22 @@ import ipaddress
 from collections.abc import Sequence
 from typing import Literal
 
+from p2pgrid.scheduler.messages import ADDRESSES_MAX
+
 
 def index_mode(mine: Sequence[str], coordinator: Sequence[str]) -> Literal["server", "client"]:
     """The index mode of a node with addresses `mine` (multiaddrs) in the grid of `coordinator`."""
     if any(_public(address) for address in coordinator):
         return "server" if any(_public(address) for address in mine) else "client"
     return "server"
+
+
+def told(links: Sequence[str], network: Sequence[str]) -> tuple[str, ...]:
+    """What members are told of where links are taken, and of the control plane's addresses: of each
+    the first half, or as many as the other leaves room for."""
+    half = max(ADDRESSES_MAX // 2, ADDRESSES_MAX - len(network))
+    first = tuple(links[:half])
+    return (*first, *network[: ADDRESSES_MAX - len(first)])
 
 
 # Not `is_global`: that counts the documentation networks, which test networks use, as private.
