@@ -3,7 +3,7 @@
 A link carries several services side by side, each with a range of message kinds of its own:
 
     1-31 transfer · 32-39 the link itself · 40-47 punching · 48-63 relays · 64-79 streams · 80-95 LAN
-    96-103 membership
+    96-103 membership · 104-107 calling
 
 When a link has room, services are asked for more in the order of falling kinds: what somebody waits
 for at a terminal goes before disks.
@@ -20,6 +20,7 @@ RELAYING = range(48, 64)
 STREAMS = range(64, 80)
 LAN = range(80, 96)
 MEMBERSHIP = range(96, 104)
+CALLING = range(104, 108)
 
 
 class Switchboard:

@@ -134,6 +134,8 @@ class Prefs:
     on_battery: str = "stop"
     """What happens then: "go" or "stop" (nothing is sent or fetched)."""
     on_metered: str = "stop"
+    port_mapping: str = "on"
+    """Whether the router is asked to let others reach this node: "on" or "off"."""
     windows: tuple[str, ...] = ()
 
     def __attrs_post_init__(self) -> None:
@@ -147,6 +149,7 @@ class Prefs:
         _one_of("courteous", self.courteous, "wan", "always", "never")
         _one_of("on_battery", self.on_battery, "go", "stop")
         _one_of("on_metered", self.on_metered, "go", "stop")
+        _one_of("port_mapping", self.port_mapping, "on", "off")
 
     def limits(self, now: datetime, *, battery: bool, metered: bool) -> Limits | str:
         """The caps in force, or why nothing may move."""

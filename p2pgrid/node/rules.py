@@ -63,6 +63,7 @@ async def prefs(node: Node, args: dict[str, Any], tell: Tell) -> Any:
         "courteous": node.prefs.courteous,
         "on_battery": node.prefs.on_battery,
         "on_metered": node.prefs.on_metered,
+        "port_mapping": node.prefs.port_mapping,
         "windows": list(node.prefs.windows),
         "now": {"paused": links.paused, "up": format_rate(now.up), "down": format_rate(now.down)},
     }

@@ -176,10 +176,7 @@ def exit_code(view: Answer) -> int:
 
 def prefs(v: Answer) -> str:
     now = v["now"]
-    rows = [
-        (name, v[name])
-        for name in ("up", "down", "up_per_link", "down_per_link", "courteous", "on_battery", "on_metered")
-    ]
+    rows = [(name, v[name]) for name in v if name not in ("windows", "now", "schema")]
     rows += [("window", window) for window in v["windows"]] or [("window", "none")]
     holds = (
         f"nothing moves: {now['paused']}" if now["paused"] else f"at most {now['up']} up, {now['down']} down"

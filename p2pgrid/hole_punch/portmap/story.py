@@ -45,6 +45,7 @@ INBOX = 64
 RELEASE_PATIENCE = 1.5
 """Seconds that giving the mapping back may take; it lapses by itself."""
 RELEASE_TRIES = 3
+ANY = "0.0.0.0"
 
 Look = Callable[[], Net]
 
@@ -77,17 +78,24 @@ class Mapping:
         self.changed = trio.Event()
 
 
-def place_of(net: Net) -> Place | None:
-    """Our IPv4 gateway, and our address towards it."""
+def place_of(net: Net, host: str = ANY) -> Place | None:
+    """Our IPv4 gateway, and our address towards it, unless we listen at another one than that."""
     route = net.v4
-    return Place(route.gateway, route.own) if route is not None and route.gateway and route.own else None
+    if route is None or not route.gateway or host not in (ANY, route.own):
+        return None
+    return Place(route.gateway, route.own)
 
 
 @contextlib.asynccontextmanager
 async def open_mapping(
-    port: int, *, ways: Sequence[str] = WAYS, lifetime: int = LIFETIME, look: Look = read_net
+    port: int,
+    host: str = ANY,
+    *,
+    ways: Sequence[str] = WAYS,
+    lifetime: int = LIFETIME,
+    look: Look = read_net,
 ) -> AsyncIterator[Mapping]:
-    """Have TCP `port` of this computer reachable from outside while inside, as far as its gateway helps.
+    """Have TCP `port`, where we listen at `host`, reachable from outside, as far as the gateway helps.
 
     Nothing is waited for: `Mapping.address` comes when it comes, and may go again.  On leaving the
     mapping is given back, which takes `RELEASE_PATIENCE` at most.
@@ -110,7 +118,7 @@ async def open_mapping(
 
     async def follow_network(changes: trio.MemoryReceiveChannel[Change]) -> None:
         async for change in changes:
-            await go(place_of(change.after))
+            await go(place_of(change.after, host))
 
     async def go(place: Place | None) -> None:
         line.connect(place)
@@ -121,7 +129,7 @@ async def open_mapping(
         async with open_netwatch(look=look) as changes, trio.open_nursery() as nursery:
             nursery.start_soon(drive, machine, inbox, perform)
             nursery.start_soon(_hear_announcements, line, send)
-            await go(place_of(look()))
+            await go(place_of(look(), host))
             nursery.start_soon(follow_network, changes)
             yield mapping
             nursery.cancel_scope.cancel()
