@@ -210,6 +210,42 @@ def test_one_strict_side_is_made_up_for_by_the_other(world: Lab, closing: contex
     assert crossing(a, b, (a.outside, PORT), (b.outside, PORT), closing)
 
 
+def datagrams_cross(world: Lab, a: Host, b: Host, closing: contextlib.ExitStack) -> bool:
+    """Whether two hosts that send to where observers see each other come to hear each other."""
+    observer = at_hub(world, (HUB, 443), socket.SOCK_DGRAM, closing)
+    socks = [closing.enter_context(host.listen(kind=socket.SOCK_DGRAM)) for host in (a, b)]
+    seen = []
+    for sock in socks:
+        sock.sendto(b"?", (HUB, 443))
+        seen.append(observer.recvfrom(1)[1])
+        sock.setblocking(False)
+    heard = [False, False]
+    for _ in range(5):
+        for sock, far in zip(socks, reversed(seen), strict=True):
+            sock.sendto(b"punch", far)
+        for n, sock in enumerate(socks):
+            with contextlib.suppress(BlockingIOError):
+                seen[1 - n] = sock.recvfrom(5)[1]  # from where it really comes
+                heard[n] = True
+    return all(heard)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (PORT_RESTRICTED, CGNAT),
+        (STRICT, STRICT),
+        (SYMMETRIC, ADDRESS_RESTRICTED),
+        (SYMMETRIC, PORT_RESTRICTED),
+        (SYMMETRIC, SYMMETRIC),
+    ],
+    ids=str,
+)
+def test_datagrams_cross_where_theory_says(world: Lab, closing: contextlib.ExitStack, one: Nat, other: Nat):
+    a, b = world.home(one), world.home(other)
+    assert datagrams_cross(world, a, b, closing) == direct_is_possible(one, other, udp=True)
+
+
 def reaches(a: Host, address: Address) -> bool:
     try:
         a.dial(address, timeout=SHORT).close()
