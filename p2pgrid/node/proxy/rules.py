@@ -25,6 +25,7 @@ from p2pgrid.ids import PeerId
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
 JobId = Annotated[str, Meta(max_length=64)]
+Net = Literal["tcp", "udp"]
 TARGET_MAX = 512
 SAME = "job"
 _ACCEPT = re.compile(r"([0-9]{1,5})(?::([a-z0-9]{1,64}))?")
@@ -40,7 +41,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """The guest of which task, if that matters."""
     caller: JobId = ""
     """In the name of which job, since one of its guests asks; empty: of the asking node's owner."""
-    net: Literal["tcp", "udp"] = "tcp"
+    net: Net = "tcp"
 
 
 _encoder = msgspec.msgpack.Encoder()
