@@ -57,6 +57,8 @@ REVOCATIONS_MAX = 4096
 """Revocations that are told: the newest."""
 INDICES_MAX = 512
 """Tasks of one job that are told of one node."""
+RELAYS_MAX = 8
+"""Relays that one answer tells of."""
 PROVIDERS_MAX = 8
 """Peers named with a datum to fetch; `Providers` tells up to 64."""
 
@@ -129,6 +131,8 @@ class Beat(Message, frozen=True):
     patience: Patience = 0.0
     cut: bool = False
     """`holds` is not all: what is not listed is not taken as gone."""
+    relay: Addresses = ()
+    """Where this node relays for members; empty where it is no relay."""
 
 
 class Pull(Message, frozen=True):
@@ -337,6 +341,13 @@ class Welcome(Message, frozen=True):
     """To show others (`membership.md`)."""
 
 
+class Relay(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A node that relays for members (`relay.md`), and where it takes links."""
+
+    peer: Peer
+    addresses: Addresses
+
+
 class Orders(Message, frozen=True):
     """What a node shall hold (fetch it), drop, and stop; beat again within `interval` seconds."""
 
@@ -349,6 +360,8 @@ class Orders(Message, frozen=True):
     """By the coordinator's clock."""
     revocations: Annotated[str, Meta(max_length=64)] = ""
     """The revision of those that count now; empty: there are none."""
+    relays: Annotated[tuple[Relay, ...], Meta(max_length=RELAYS_MAX)] = ()
+    """Of the nodes online; of many not all, and to each node others."""
 
 
 class Grant(Message, frozen=True):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import attrs
 
 from p2pgrid.ids import PeerId
-from p2pgrid.scheduler.messages import Beat, Capacity, Provider
+from p2pgrid.scheduler.messages import Beat, Capacity, Provider, Relay
 from p2pgrid.scheduler.placement import Candidate
 
 NO_CAPACITY = Capacity()
@@ -27,6 +27,8 @@ class Node:
     online: bool = False
     seen: float | None = None
     addresses: tuple[str, ...] = ()
+    relay: tuple[str, ...] = ()
+    """Where it relays for members."""
     shares: tuple[str, ...] = ()
     total: Capacity = NO_CAPACITY
     free: Capacity = NO_CAPACITY
@@ -64,6 +66,7 @@ class Roster:
         self._owners: dict[str, dict[PeerId, None]] = {}
         self._promised: dict[str, dict[PeerId, None]] = {}
         self._partly: dict[str, dict[PeerId, None]] = {}
+        self._relays: dict[PeerId, None] = {}
 
     def node(self, peer: PeerId) -> Node:
         """The node of `peer`, new and offline where it was not known."""
@@ -86,6 +89,7 @@ class Roster:
         node.addresses, node.shares = beat.addresses, beat.shares
         node.total, node.free, node.status = beat.total, beat.free, beat.status
         node.cut = beat.cut
+        self._set_relay(node, beat.relay)
         holds = set(beat.holds)
         if beat.cut:
             holds |= node.holds - node.dropping - {h.datum for h in beat.partial}
@@ -130,6 +134,7 @@ class Roster:
         node.holds = set()
         self._set_partial(node, {})
         self.promise(node, ())
+        self._set_relay(node, ())
         node.told = None
 
     def missing(self, peer: PeerId, datum: str, size: int) -> int:
@@ -148,6 +153,12 @@ class Roster:
             found += [Provider(p, self.nodes[p].addresses, complete) for p in turned[:room]]
         return tuple(found)
 
+    def relays(self, asking: PeerId, most: int) -> tuple[Relay, ...]:
+        """Who relays, each asker starting with another one."""
+        listed = [peer for peer in self._relays if peer != asking]
+        start = sum(asking.encode()) % len(listed) if listed else 0
+        return tuple(Relay(p, self.nodes[p].relay) for p in (listed[start:] + listed[:start])[:most])
+
     def candidates(self) -> list[Candidate]:
         """The workers that are online and offer anything."""
         return [Candidate(n.peer, n.total, n.free, n.shares)
@@ -159,6 +170,13 @@ class Roster:
         for datum in partial:
             self._partly.setdefault(datum, {})[node.peer] = None
         node.partial = partial
+
+    def _set_relay(self, node: Node, relay: tuple[str, ...]) -> None:
+        node.relay = relay
+        if relay:
+            self._relays[node.peer] = None
+        else:
+            self._relays.pop(node.peer, None)
 
     def _break(self, node: Node, datum: str) -> None:
         if datum in node.promised:
@@ -180,6 +198,7 @@ class Roster:
             listed = {(d, p) for d, peers in table.items() for p in peers}
             assert listed == {(d, n.peer) for n in self.nodes.values() for d in getattr(n, field)}
             assert all(table.values()), "an empty entry is kept"
+        assert self._relays.keys() == {n.peer for n in self.nodes.values() if n.relay}
         for node in self.nodes.values():
-            assert node.online or not (node.holds or node.partial or node.promised)
+            assert node.online or not (node.holds or node.partial or node.promised or node.relay)
             assert not node.holds & node.promised.keys(), "a promise outlives its keeping"

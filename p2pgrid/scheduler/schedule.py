@@ -272,7 +272,9 @@ class Schedule:
 
     def _ordered(self, node: Node, now: float) -> m.Orders:
         orders = self._errands.orders(node, now)
-        return msgspec.structs.replace(orders, now=now, revocations=self.members.revocations.revision)
+        relays = self.roster.relays(node.peer, m.RELAYS_MAX)
+        revision = self.members.revocations.revision
+        return msgspec.structs.replace(orders, now=now, revocations=revision, relays=relays)
 
     @staticmethod
     def _tell(node: Node, orders: m.Orders) -> m.Orders:

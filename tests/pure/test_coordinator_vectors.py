@@ -24,7 +24,7 @@ ANY = m.Request | m.Reply
 
 
 def test_the_page_has_vectors():
-    assert len(VECTORS) == 14
+    assert len(VECTORS) == 15
 
 
 @pytest.mark.parametrize(("spelled", "frame"), VECTORS, ids=[s.split("(")[0] for s, _ in VECTORS])
@@ -115,7 +115,13 @@ NODE = m.NodeView("p" * 128, WIDE * 128, ("worker", "submitter", "coordinator"),
                   running=("t" * 64,) * RUNNING_SHOWN, addresses=ADDRESSES, status=WIDE * 200)  # fmt: skip
 RECORD = m.DatumRecord(CID, "disk", CID, WIDE * 128, "f" * 16, 1 << 50, 1 << 50, 1 << 50, 1 << 20)
 LARGEST = [
-    m.Orders((WANTED,) * m.HOLD_MAX, (CID,) * m.DROP_MAX, ("t" * 64,) * m.DROP_MAX, revocations="r" * 64),
+    m.Orders(
+        (WANTED,) * m.HOLD_MAX,
+        (CID,) * m.DROP_MAX,
+        ("t" * 64,) * m.DROP_MAX,
+        revocations="r" * 64,
+        relays=(m.Relay("p" * 128, PROVIDER.addresses),) * m.RELAYS_MAX,
+    ),
     m.JobView("j" * 64, SPEC, "p" * 128, 1.0, "running", 1 << 62, {}, WIDE * 500, (TASK,) * m.PAGE),
     m.NodeList((NODE,) * m.PAGE),
     m.DataList((m.DatumView(RECORD, "p" * 128, 1.0),) * m.PAGE),
