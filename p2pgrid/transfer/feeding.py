@@ -9,7 +9,7 @@ from __future__ import annotations
 from p2pgrid.transfer.book import Book
 from p2pgrid.transfer.endgame import GAIN_MIN
 from p2pgrid.transfer.partner import Partner
-from p2pgrid.transfer.rarity import BLOCK, nth_bit
+from p2pgrid.transfer.rarity import BLOCK, indices_of, nth_bit
 
 RUN = 8
 """Neighbours asked one after the other; few, or peers would wait for one another's runs."""
@@ -20,6 +20,8 @@ class Feeding:
 
     def __init__(self, book: Book) -> None:
         self._book = book
+        self.dry = False
+        """Whether somebody was asked, in this step, who had nothing to do before."""
 
     def feed(self, now: float) -> None:
         """Ask every peer that got room, or for which something may have turned up."""
@@ -33,8 +35,10 @@ class Feeding:
         for peer in sorted(
             tries.values(), key=lambda p: (p.stalls, not p.near, p.whole, -p.pace.rate, p.order)
         ):
+            busy = bool(peer.asks)
             asked = self._fill(peer, now)
             if asked:
+                self.dry |= not busy
                 book.send(peer, tuple(asked))
 
     def _fill(self, peer: Partner, now: float) -> list[int]:
@@ -81,11 +85,16 @@ class Feeding:
                 if peer.order in book.idle:
                     book.tries[peer.order] = peer
 
-    def prefer(self, peer: Partner, index: int) -> None:
-        """`peer` has what a seeder is asked for, who holds it back now, or is near: have it from here."""
+    def prefer(self, peer: Partner, block: int, bits: int) -> None:
+        """`peer` has these, too.  What of them a seeder is asked for, who holds it back now, or somebody
+        across the line while this one is near: have it from here."""
         book = self._book
-        if peer.room and book.expected(peer, peer.outstanding + book.lengths[index]) < GAIN_MIN:
+        if not peer.room:
+            return
+        for index in indices_of(block, book.rarity.asked(block, bits)):
             askers = book.asked.get(index, ())
             across = [p for p in askers if peer.near and not p.near]
-            for other in across or [p for p in askers if p.whole]:
-                book.withdraw(other, index)
+            others = across or [p for p in askers if p.whole]
+            if others and book.expected(peer, peer.outstanding + book.lengths[index]) < GAIN_MIN:
+                for other in others:
+                    book.withdraw(other, index)

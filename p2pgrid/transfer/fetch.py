@@ -14,30 +14,28 @@ opening of the pack; so whoever fetches the same thing meets, and the putter is 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import attrs
 import trio
 
-from p2pgrid.dht.manifest import Content, decode_datum
 from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
-from p2pgrid.drive import drive
-from p2pgrid.errors import BadObject, GridError, NotFound, Refused, WorldError
+from p2pgrid.errors import GridError, WorldError
 from p2pgrid.hole_punch.bulk import Links
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.machine import Tick
-from p2pgrid.transfer.company import SEARCH, Company, Searching
+from p2pgrid.transfer.company import Company, Searching
 from p2pgrid.transfer.lastresort import LastResort
 from p2pgrid.transfer.messages import INDICES_MAX
+from p2pgrid.transfer.objects import Objects
 from p2pgrid.transfer.progress import Progress, stretches
 from p2pgrid.transfer.ranges import is_origin
-from p2pgrid.transfer.session import Session, Wanter
+from p2pgrid.transfer.reports import Reports, gathered
+from p2pgrid.transfer.session import Wanter
 from p2pgrid.transfer.swarm import (
     Arrived,
     Ask,
@@ -53,17 +51,13 @@ from p2pgrid.transfer.swarm import (
     Withdraw,
 )
 
-OBJECTS_AT_ONCE = 8
-OBJECT_PATIENCE = 15.0
-"""Seconds for an object (at most 1 MiB) before it is asked of another peer."""
 GATHER = 0.05
-"""Seconds that reports of links wait for more of them: a step and a message for each would cost
-as much as the bytes.  Peers are asked for more than arrives in that time, once they are at it."""
-GATHERED = 32
+"""Seconds that reports of links wait for more of them; peers are asked for more than arrives in that time,
+once they are at it."""
+GATHERED = 64
 """Reports that are not waited with: a fast peer brings all it was asked for within `GATHER`."""
-GATHER_FIRST = 0.005
-"""The same while somebody has not brought `FIRST` bytes: it is asked for little, and would be idle."""
-FIRST = 2 << 20
+GATHER_DRY = 0.005
+"""The same while somebody had nothing to do: it is asked for too little, we do not know yet what it can."""
 ANNOUNCE = 0.05
 """Seconds that news of chunks wait for more of them."""
 REPORT = 0.25
@@ -111,7 +105,6 @@ class Download:
 
     def __init__(self, datum: Cid, peering: Peering, rng: random.Random, most: int | None) -> None:
         self.datum = datum
-        self._most = most
         self.pack: Cid | None = None
         """The one that is being completed."""
         self.packs: frozenset[Cid] = frozenset()
@@ -126,11 +119,10 @@ class Download:
         self.company = Company([datum], peering, self)
         self.resort = LastResort(self, peering.me, rng, peering.links.rates)
         self.resort.add(peering.origins)
-        self._lock = threading.Lock()
-        self._reports: list[tuple[Shelf, Event]] = []
-        self._reported = trio.Event()
-        self._gathered = trio.Event()
-        self._inbox: trio.MemorySendChannel[Sequence[Event]] | None = None
+        self._objects = Objects(
+            datum, most, self._store, self.company, self.resort, rng, self._note_progress, self._give_up
+        )
+        self._reports = Reports()
         self._top: Shelf | None = None
         """The datum's own."""
         self._shelf: Shelf | None = None
@@ -139,7 +131,8 @@ class Download:
         self._arrived = bytearray()
         self._urgent: dict[int, None] = {}
         self._fresh: list[int] = []
-        self._freshly = trio.Event()
+        """Indices that came, and of which nobody was told yet."""
+        self._stale = trio.Event()
         self._bytes_by_peer: dict[PeerId, int] = {}
         self._done = self._total = self._local = self._resumed = 0
         self._started = self._last = trio.current_time()
@@ -157,11 +150,9 @@ class Download:
                         nursery.start_soon(self.company.search)
                         nursery.start_soon(self.resort.run)
                         nursery.start_soon(self._report)
-                        nursery.start_soon(self._collect)
                         nursery.start_soon(self._keep_synced)
-                        nursery.start_soon(self._announce)
                         try:
-                            await self._objects()
+                            await self._objects.bring()
                             await self._complete(await self._begin())
                         except GridError as wrong:
                             self._failure = wrong
@@ -180,65 +171,9 @@ class Download:
         )
 
     async def _all_here(self) -> bool:
-        if await trio.to_thread.run_sync(self._missing):
+        if await self._objects.missing():
             return False
         return (await self._begin()).complete
-
-    async def _objects(self) -> None:
-        limit = trio.CapacityLimiter(OBJECTS_AT_ONCE)
-        while missing := await trio.to_thread.run_sync(self._missing):
-            async with trio.open_nursery() as nursery:
-                for cid in missing:
-                    nursery.start_soon(self._object, cid, limit)
-
-    def _missing(self) -> list[Cid]:
-        """The objects to ask for next.  Raises `Refused` as soon as the size is known and too large."""
-        missing = self._store.missing_objects(self.datum)
-        if self._most is not None:
-            with contextlib.suppress(NotFound):
-                top = decode_datum(self._store.get_object(self.datum))
-                size = Content.decode(self._store.get_object(top.content)).size if top.content else 0
-                if size > self._most:
-                    raise Refused(why=f"{self.datum} is {size} bytes; {self._most} are allowed here")
-        return missing
-
-    async def _object(self, cid: Cid, limit: trio.CapacityLimiter) -> None:
-        tried: set[Session] = set()
-        while True:
-            sessions = [s for s in self.company.sessions() if s not in tried]
-            if not sessions:
-                tried.clear()
-                if await self._object_of_origin(cid):
-                    return
-                with trio.move_on_after(self.resort.wait(SEARCH)):
-                    await self.company.news.wait()
-                continue
-            session = self._rng.choice(sessions)
-            tried.add(session)
-            async with limit:
-                with trio.move_on_after(OBJECT_PATIENCE):
-                    try:
-                        data = await session.get_object(cid)
-                    except BadObject:
-                        self.company.shun(session.peer)
-                        continue
-                    if data is None:
-                        continue
-                    await self._keep(data)
-                    return
-
-    async def _object_of_origin(self, cid: Cid) -> bool:
-        data = await self.resort.get_object(cid)
-        if data is not None:
-            await self._keep(data)
-        return data is not None
-
-    async def _keep(self, data: bytes) -> None:
-        try:
-            await trio.to_thread.run_sync(self._store.put_object, data)
-        except WorldError as full:
-            self._give_up(full)
-        self._last = trio.current_time()
 
     async def _begin(self) -> Shelf:
         """Make or find the shelf, and tell the others what is on it."""
@@ -279,29 +214,33 @@ class Download:
             self.company.dismiss()
             self._work_on(shelf)
             self._swarm = Swarm(shelf.frames.lengths, shelf.have(), self._rng, me=self._peering.me)
-            # Bounded by what peers were asked for and by how much they may chatter.
-            self._inbox, inbox = trio.open_memory_channel[Sequence[Event]](math.inf)
+            self._reports.take()  # of another pack
             self.company.gather(shelf)
             if self._urgent and shelf is top:
                 self._feed([Urgent(tuple(self._urgent))])
-            await drive(Gathered(self._swarm), inbox, self._perform)
+            await self._steer(self._swarm)
 
-    async def _keep_synced(self) -> None:
+    async def _steer(self, swarm: Swarm) -> None:
+        """Let the swarm decide about what links report, and do as it says, until it is complete."""
+        tell_at = -math.inf
         while True:
-            await self._freshly.wait()
+            now = trio.current_time()
+            events = self._take_reports()
+            done = self._perform(gathered(swarm.steps(events or (Tick(),), now)))
             if self._shelf is not None and self._shelf.stale:
-                try:
-                    await trio.to_thread.run_sync(self._shelf.flush)
-                except WorldError as refused:
-                    self._give_up(refused)
-            await trio.sleep(ANNOUNCE)
+                self._stale.set()
+            if self._fresh and tell_at <= now:
+                self._tell_fresh()
+                tell_at = now + ANNOUNCE
+            if done:
+                return
+            if events:
+                await self._reports.wait(GATHERED, now + (GATHER_DRY if swarm.dry else GATHER))
+            await self._reports.wait(1, min(swarm.deadline, tell_at if self._fresh else math.inf))
 
-    async def _flush(self) -> None:
-        for part in self._top.parts if self._top is not None else ():
-            await trio.to_thread.run_sync(part.flush)
-
-    async def _perform(self, effects: Sequence[Effect]) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
+    def _perform(self, effects: Sequence[Effect]) -> bool:
+        """Do it; whether that was all."""
+        done = False
         withdrawn: dict[PeerId, list[int]] = {}
         for effect in effects:
             if isinstance(effect, Withdraw):
@@ -319,11 +258,22 @@ class Download:
                 case Shun(peer, _):
                     self.company.shun(peer)
                 case Completed():
-                    self._completed()
+                    done = True
+        return done
 
-    def _completed(self) -> None:
-        assert self._inbox is not None
-        self._inbox.close()
+    async def _keep_synced(self) -> None:
+        while True:
+            await self._stale.wait()
+            self._stale = trio.Event()
+            if self._shelf is not None and self._shelf.stale:
+                try:
+                    await trio.to_thread.run_sync(self._shelf.flush)
+                except WorldError as refused:
+                    self._give_up(refused)
+
+    async def _flush(self) -> None:
+        for part in self._top.parts if self._top is not None else ():
+            await trio.to_thread.run_sync(part.flush)
 
     # --- what the last resort wants to know -------------------------------------------------
 
@@ -347,13 +297,7 @@ class Download:
         return _About(self, shelf)
 
     def report(self, shelf: Shelf, event: Event) -> None:
-        with self._lock:
-            self._reports.append((shelf, event))
-            count = len(self._reports)
-        if count == 1:
-            self._token.run_sync_soon(self._ring_reported)
-        elif count == GATHERED:
-            self._token.run_sync_soon(self._ring_gathered)
+        self._reports.put(shelf, event)
 
     def fail(self, error: GridError) -> None:
         self._token.run_sync_soon(self._give_up, error)
@@ -375,30 +319,10 @@ class Download:
     def quiet_for(self) -> float:
         return trio.current_time() - self._last
 
-    def _ring_reported(self) -> None:
-        self._reported.set()
-
-    def _ring_gathered(self) -> None:
-        self._gathered.set()
-
-    async def _collect(self) -> None:
-        """Take what links report, a moment's worth at a time, and let the swarm decide."""
-        while True:
-            await self._reported.wait()
-            self._reported, self._gathered = trio.Event(), trio.Event()
-            events = self._take_reports()
-            if self._fresh:
-                self._freshly.set()
-            self._feed(events)
-            with trio.move_on_after(GATHER_FIRST if any(map(self._is_first, events)) else GATHER):
-                await self._gathered.wait()
-
     def _take_reports(self) -> list[Event]:
         """What links have reported of the pack since it was asked last, counted."""
-        with self._lock:
-            reports, self._reports = self._reports, []
         # What was under way when its pack was complete has indices of another one.
-        events = [event for shelf, event in reports if shelf is self._shelf]
+        events = [event for shelf, event in self._reports.take() if shelf is self._shelf]
         for event in events:
             if isinstance(event, Arrived) and not self._arrived[event.index]:
                 self._count(event.index, event.size)
@@ -407,10 +331,6 @@ class Download:
             elif isinstance(event, Joined):
                 self.company.proved(event.peer)
         return events
-
-    def _is_first(self, event: Event) -> bool:
-        """Whether a peer that has not shown yet what it can do has brought something, or has come."""
-        return isinstance(event, Arrived | Joined) and self._bytes_by_peer.get(event.peer, 0) < FIRST
 
     def hold(self, indices: Iterable[int]) -> None:
         """These came in another way: by a fetch of another datum with the same pack."""
@@ -430,20 +350,13 @@ class Download:
     def _count(self, index: int, size: int) -> None:
         self._arrived[index] = 1
         self._done += size
+        self._note_progress()
+
+    def _note_progress(self) -> None:
         self._last = trio.current_time()
 
     def _feed(self, events: Sequence[Event]) -> None:
-        if self._inbox is not None:
-            with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
-                self._inbox.send_nowait(events)
-
-    async def _announce(self) -> None:
-        """Tell those who have opened the pack what came, a moment's worth at a time."""
-        while True:
-            await self._freshly.wait()
-            await trio.sleep(ANNOUNCE)
-            self._freshly = trio.Event()
-            self._tell_fresh()
+        self._reports.put_at_once(self._shelf, events)
 
     def _tell_fresh(self) -> None:
         fresh, self._fresh = self._fresh, []
@@ -511,36 +424,3 @@ class _About:
 
     def grown(self, peer: PeerId, draft: Cid) -> None:
         self._download.grown(peer, draft)
-
-
-class Gathered:
-    """A swarm that takes many events in one step, and says what to do in order, each peer asked once."""
-
-    def __init__(self, swarm: Swarm) -> None:
-        self._swarm = swarm
-
-    @property
-    def deadline(self) -> float:
-        return self._swarm.deadline
-
-    def step(self, events: Sequence[Event] | Tick, now: float) -> Iterator[list[Effect]]:
-        asks: dict[PeerId, dict[int, None]] = {}
-        effects: list[Effect] = []
-        for effect in self._swarm.steps((events,) if isinstance(events, Tick) else events, now):
-            match effect:
-                case Ask(peer, indices, urgent=True):
-                    for index in indices:
-                        asks.get(peer, {}).pop(index, None)
-                    effects.append(effect)
-                case Ask(peer, indices):
-                    asks.setdefault(peer, {}).update(dict.fromkeys(indices))
-                case Withdraw(peer, index) if index in asks.get(peer, {}):
-                    del asks[peer][index]
-                case _:
-                    effects.append(effect)
-        effects += [Ask(peer, tuple(indices)) for peer, indices in asks.items() if indices]
-        if effects:
-            yield effects
-
-    def check(self) -> None:
-        self._swarm.check()

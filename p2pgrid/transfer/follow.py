@@ -12,20 +12,18 @@ two stories ends it all.
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Sequence
 
 import trio
 
 from p2pgrid.dht.draft import going_on
 from p2pgrid.dht.growing import GrowingShelf
-from p2pgrid.drive import drive
 from p2pgrid.errors import BadObject, GridError, Temporary
 from p2pgrid.ids import Cid, PeerId
-from p2pgrid.transfer.fetch import OBJECT_PATIENCE, OBJECTS_AT_ONCE, Download, Fetched, Gathered, Peering
+from p2pgrid.transfer.fetch import Download, Fetched, Peering
+from p2pgrid.transfer.objects import OBJECT_PATIENCE, OBJECTS_AT_ONCE
 from p2pgrid.transfer.session import Session
-from p2pgrid.transfer.swarm import Event, Extended, Held, Swarm
+from p2pgrid.transfer.swarm import Extended, Held, Swarm
 
 RETRY = 1.0
 """Seconds until the first draft is asked for once more of who did not have it."""
@@ -58,9 +56,7 @@ class Following(Download):
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self.company.search)
-                    nursery.start_soon(self._collect)
                     nursery.start_soon(self._keep_synced)
-                    nursery.start_soon(self._announce)
                     try:
                         await self._follow(nursery)
                     except GridError as wrong:
@@ -93,8 +89,7 @@ class Following(Download):
         lengths = growing.frames.lengths[:]
         self._known = len(lengths)
         self._swarm = Swarm(lengths, growing.have(), self._rng, me=self._peering.me)
-        self._inbox, inbox = trio.open_memory_channel[Sequence[Event]](math.inf)
-        nursery.start_soon(drive, Gathered(self._swarm), inbox, self._perform)
+        nursery.start_soon(self._go_on, self._swarm)
         self._peering.show(growing)
         self.company.gather(growing)
         while True:
@@ -106,6 +101,10 @@ class Following(Download):
             for peer in self._tellers.keys() - self._hearing:  # one that does not answer keeps nobody waiting
                 self._hearing.add(peer)
                 nursery.start_soon(self._hear, growing, peer)
+
+    async def _go_on(self, swarm: Swarm) -> None:
+        while True:  # what is complete is all that was known so far
+            await self._steer(swarm)
 
     async def _first(self) -> bytes:
         """The draft that names the series, from whoever has it.  Raises `Temporary`."""
@@ -192,9 +191,6 @@ class Following(Download):
             if want := self.company.want(session.peer):
                 want.tell()
         self._peering.grown(growing.pack)
-
-    def _completed(self) -> None:
-        """All that is known so far."""
 
     # --- what links report ----------------------------------------------------------------
 

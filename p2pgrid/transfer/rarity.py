@@ -44,15 +44,20 @@ def blocks_of(bitmap: bytes, count: int) -> Blocks:
 
 def indices(blocks: Blocks) -> Iterator[int]:
     """The indices in a set, ascending."""
-    for number, bits in enumerate(blocks):
-        at = number * BLOCK
-        while bits:
-            skip = (bits & -bits).bit_length() - 1
-            bits >>= skip
-            run = (~bits & bits + 1).bit_length() - 1  # how many ones are at its end
-            bits >>= run
-            yield from range(at + skip, at + skip + run)
-            at += skip + run
+    for block, bits in enumerate(blocks):
+        yield from indices_of(block, bits)
+
+
+def indices_of(block: int, bits: int) -> Iterator[int]:
+    """The indices in one block of a set, ascending."""
+    at = block * BLOCK
+    while bits:
+        skip = (bits & -bits).bit_length() - 1
+        bits >>= skip
+        run = (~bits & bits + 1).bit_length() - 1  # how many ones are at its end
+        bits >>= run
+        yield from range(at + skip, at + skip + run)
+        at += skip + run
 
 
 class IndexSet(Collection[int]):
@@ -136,6 +141,10 @@ class Rarity:
 
     def holds(self, index: int) -> bool:
         return bool(self._held[index // BLOCK] >> index % BLOCK & 1)
+
+    def asked(self, block: int, bits: int) -> int:
+        """What of `bits` is missing, but not wanted: an answering peer is asked for it."""
+        return bits & self._everything[block] & ~self._held[block] & ~self.wanted[block]
 
     def hold(self, index: int) -> None:
         """`index` is held; no longer missing or wanted."""

@@ -124,6 +124,12 @@ class Swarm:
         return IndexSet(self._book.rarity.lost())
 
     @property
+    def dry(self) -> bool:
+        """Whether somebody who had nothing to do was asked in the last step: what it brings should be
+        reported soon, or it has nothing to do again."""
+        return self._feeding.dry
+
+    @property
     def silent(self) -> int:
         """How many peers have something we miss and do not answer."""
         return sum(peer.stalls > 0 for peer in self._book.peers.values())
@@ -136,6 +142,7 @@ class Swarm:
         """Take what happened at about the same time, and say what to do after all of it."""
         book = self._book
         book.effects, book.now = [], now
+        self._feeding.dry = False
         for event in events:
             self._take_in(event, now)
         if not self.complete:
@@ -215,21 +222,26 @@ class Swarm:
         if peer is None:
             return
         news: dict[int, int] = {}
-        fresh = [i for i in told if 0 <= i < len(book.lengths) and not (peer.has(i) or peer.hopeless(i))]
-        for index in fresh:
-            news[index // BLOCK] = news.get(index // BLOCK, 0) | 1 << index % BLOCK
-        if fresh and peer.near:
-            peer.news = book.now
+        count = len(book.lengths)
+        for index in told:
+            if 0 <= index < count:
+                news[index // BLOCK] = news.get(index // BLOCK, 0) | 1 << index % BLOCK
+        hopeless = [index for index in peer.refusals if peer.hopeless(index)]
         for block, bits in news.items():
+            bits &= ~peer.have[block]
+            for index in hopeless:
+                if index // BLOCK == block:
+                    bits &= ~(1 << index % BLOCK)
+            if not bits:
+                continue
+            if peer.near:
+                peer.news = book.now
             book.near.told(peer, block, bits)
             peer.have[block] |= bits
             peer.useful |= 1 << block
             if not peer.stalls:
                 book.rarity.add(block, bits)
-        if not peer.stalls:
-            for index in fresh:
-                if index in book.asked:
-                    self._feeding.prefer(peer, index)
+                self._feeding.prefer(peer, block, bits)
         if peer.order in book.idle:
             book.tries[peer.order] = peer
 

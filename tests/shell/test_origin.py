@@ -18,7 +18,7 @@ from p2pgrid.dht.store import Store
 from p2pgrid.errors import Misused
 from p2pgrid.hole_punch.rates import Limits
 from p2pgrid.ids import PeerId
-from p2pgrid.transfer import fetch, lastresort, origin
+from p2pgrid.transfer import lastresort, objects, origin
 from p2pgrid.transfer.exchange import Exchange, Progress, open_exchange
 from p2pgrid.transfer.origin import CONNECTIONS, Origin, OriginFailed
 from tests.certificates import Certificate, self_signed
@@ -191,7 +191,7 @@ async def test_while_peers_are_slow_the_origin_helps(tmp_path: Path, monkeypatch
 async def test_a_second_fetch_brings_its_origin_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "SEARCH", 0.1)
+    monkeypatch.setattr(objects, "SEARCH", 0.1)
     with served(files_of(DISK)) as server:
         async with open_nodes(tmp_path, "alone") as (alone,), trio.open_nursery() as nursery:
             nursery.start_soon(alone.exchange.fetch, DISK.datum)
