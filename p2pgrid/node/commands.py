@@ -198,6 +198,20 @@ def ping(
 
 
 @app.command
+def netcheck(*, data_dir: Home = None, as_json: Json = False) -> int:
+    """Say how well others can link to this node: NAT, IPv6, router, relays; and what would help."""
+    from p2pgrid.node import netcheck, show_netcheck
+
+    home = _home(data_dir)
+    try:
+        told = api.call(home, "netcheck")
+    except api.NoDaemon:
+        told = netcheck.look(home)
+    emit(told, as_json, show_netcheck.netcheck)
+    return netcheck.exit_code(told)
+
+
+@app.command
 def prefs(
     changes: Annotated[
         list[str] | None, Parameter(name="NAME=VALUE", help="What to change, see below.", negative="")

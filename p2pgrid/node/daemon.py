@@ -40,7 +40,9 @@ from p2pgrid.node.identity import Identity
 from p2pgrid.node.lan import open_lans
 from p2pgrid.node.membership import hear_renewals, keep_membership, keep_standing
 from p2pgrid.node.node import Node
+from p2pgrid.node.outlook import open_outlook
 from p2pgrid.node.plain import plain
+from p2pgrid.node.prefs import Prefs
 from p2pgrid.node.reach import index_mode, told
 from p2pgrid.node.rules import keep_rules, prefs
 from p2pgrid.node.standing import Standing
@@ -230,6 +232,10 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
             home, config, identity, host, index, store, exchange, calls, grid, roles, stopping, standing
         )
         _keep_port(home, config, host)
+        node.prefs = Prefs.load(home)
+        node.outlook = await rooms.enter_async_context(
+            open_outlook(exchange.links, host.me, grid, lambda: node.prefs, node.tell)
+        )
         if "worker" in roles:
             node.lans = await rooms.enter_async_context(
                 open_lans(host.me, exchange.links, calls, exchange.learn)
@@ -301,6 +307,7 @@ def _ops(node: Node) -> dict[str, Op]:
         "leave": _leave,
         "prefs": prefs,
         "node_ls": _nodes,
+        "netcheck": _netcheck,
         "ping": links.ping,
         "put": disks.put,
         "get": disks.get,
@@ -346,6 +353,11 @@ async def _status(node: Node, args: dict[str, Any], tell: Tell) -> Any:
             for h in held
         ],
     }
+
+
+async def _netcheck(node: Node, args: dict[str, Any], tell: Tell) -> Any:
+    assert node.outlook is not None
+    return await node.outlook.check()
 
 
 async def _stop(node: Node, args: dict[str, Any], tell: Tell) -> Any:

@@ -10,6 +10,7 @@ import trio
 from p2pgrid.hole_punch.bulk import Links
 from p2pgrid.hole_punch.path import Address
 from p2pgrid.hole_punch.portmap import Mapping, open_mapping
+from p2pgrid.node.netcheck import UNWANTED
 from p2pgrid.node.prefs import Prefs
 
 LOOK = 10.0
@@ -38,32 +39,37 @@ def port_to_map(bound: Sequence[Address]) -> Address | None:
     return next((a for a in bound if ":" not in a[0] and not a[0].startswith("127.")), None)
 
 
-async def keep_door(links: Links, door: Door, prefs: Callable[[], Prefs]) -> None:
-    """Keep `links.mapped` up to date, for ever."""
+async def keep_door(links: Links, door: Door, prefs: Callable[[], Prefs], moved: Callable[[], None]) -> None:
+    """Keep `links.mapped` up to date, for ever; `moved` is called when it has changed."""
     listening, scope = port_to_map(links.bound), trio.CancelScope()
     scope.cancel()
     async with trio.open_nursery() as nursery:
         while listening is not None:
             if prefs().port_mapping != "on":
                 scope.cancel()
-                door.unasked = "its owner does not want it to be asked"
+                door.unasked = UNWANTED
                 door.settled.set()
             elif scope.cancel_called:
                 scope = trio.CancelScope()
-                nursery.start_soon(_keep_mapped, links, door, listening, scope)
+                nursery.start_soon(_keep_mapped, links, door, listening, scope, moved)
             await trio.sleep(LOOK)
         door.unasked = "there is no port that IPv4 hosts could be sent to"
         door.settled.set()
 
 
-async def _keep_mapped(links: Links, door: Door, listening: Address, scope: trio.CancelScope) -> None:
+async def _keep_mapped(
+    links: Links, door: Door, listening: Address, scope: trio.CancelScope, moved: Callable[[], None]
+) -> None:
     host, port = listening
     with scope:
         try:
             async with open_mapping(port, host) as mapping:
                 door.mapping = mapping
                 while True:
-                    links.mapped[:] = [mapping.address] if mapping.address is not None else []
+                    now = [mapping.address] if mapping.address is not None else []
+                    if now != links.mapped:
+                        links.mapped[:] = now
+                        moved()
                     if mapping.tried:
                         door.settled.set()
                     await mapping.changed.wait()

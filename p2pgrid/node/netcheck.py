@@ -6,11 +6,13 @@ the router says, and whether the coordinator takes connections.
 
 from __future__ import annotations
 
+import logging
 import socket
 from pathlib import Path
 from typing import Any
 
 import attrs
+import structlog
 import trio
 
 from p2pgrid.hole_punch.nat import Mapping
@@ -26,6 +28,7 @@ from p2pgrid.node.verdict import UNREACHABLE, Facts, Observer, nat_name, verdict
 ROUTER_PATIENCE = 8.0
 """Seconds in which all three protocols have been tried."""
 DIAL_PATIENCE = 5.0
+UNWANTED = "its owner does not want the router to be asked"
 
 
 def report(facts: Facts) -> dict[str, Any]:
@@ -89,10 +92,16 @@ def here(net: Net) -> Facts:
     )
 
 
-async def check_alone(home: Path) -> dict[str, Any]:
+def look(home: Path) -> dict[str, Any]:
     """What can be told while no daemon runs on `home`.  Raises `Misconfigured`."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    return trio.run(_look, home)
+
+
+async def _look(home: Path) -> dict[str, Any]:
     config, wanted = Config.load(home), Prefs.load(home).port_mapping == "on"
-    facts = attrs.evolve(here(read_net()), running=False, mapping_wanted=wanted)
+    unmapped = "" if wanted else UNWANTED
+    facts = attrs.evolve(here(read_net()), running=False, mapping_wanted=wanted, unmapped=unmapped)
     found: dict[str, Any] = {}
     async with trio.open_nursery() as nursery:
         if config is not None and config.coordinator is not None:

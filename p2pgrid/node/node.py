@@ -21,6 +21,7 @@ from p2pgrid.net import Index, Network
 from p2pgrid.node.config import Config
 from p2pgrid.node.identity import Identity
 from p2pgrid.node.lan import Lans
+from p2pgrid.node.outlook import Outlook
 from p2pgrid.node.prefs import Prefs
 from p2pgrid.node.reach import told
 from p2pgrid.node.standing import Standing
@@ -106,6 +107,8 @@ class Node:
     """Since when drafts that are followed here have not been ordered."""
     resting: int = 0
     """Slots that take no lease for a while, since the last ones failed here."""
+    outlook: Outlook | None = None
+    """How it stands in the network."""
     lans: Lans | None = None
     """Where its guests meet those of other nodes; a worker has it."""
     connected: bool = False

@@ -112,12 +112,19 @@ def _far(link: Link) -> Address | None:
 
 @contextlib.asynccontextmanager
 async def open_outlook(
-    links: Links, me: PeerId, grid: PeerId, prefs: Callable[[], Prefs]
+    links: Links,
+    me: PeerId,
+    grid: PeerId,
+    prefs: Callable[[], Prefs],
+    moved: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Outlook]:
-    """Have the router let others in, and be ready to be asked, while inside."""
+    """Have the router let others in, and be ready to be asked, while inside.
+
+    `moved` is called when others are to be told of another address.
+    """
     links.observers.update({grid} - {me})
     async with open_calling(links) as calling, trio.open_nursery() as nursery:
         outlook = Outlook(me, grid, links, calling, Door(), prefs)
-        nursery.start_soon(keep_door, links, outlook.door, prefs)
+        nursery.start_soon(keep_door, links, outlook.door, prefs, moved)
         yield outlook
         nursery.cancel_scope.cancel()

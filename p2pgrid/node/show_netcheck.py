@@ -27,7 +27,7 @@ def _facts(v: Answer) -> Iterator[tuple[str, str]]:
     if mapping["address"]:
         yield "router", f"lets others in at {mapping['address']} ({mapping['how']})"
     else:
-        yield "router", f"lets nobody in: {mapping['why'] or 'it has not answered yet'}"
+        yield "router", f"no port mapped: {mapping['why'] or 'it has not answered yet'}"
 
 
 def _observers(v: Answer) -> list[str]:
