@@ -37,8 +37,10 @@ from p2pgrid.ids import PeerId
 
 log = structlog.get_logger(__name__)
 
-QUEUED_MAX = 1 << 20
-"""Bytes that may wait in a link, disks' chunks among them, while more frames are put there."""
+QUEUED_MAX = 4
+"""Times `Link.low` that may wait in a link while more frames are put there: 1 MiB, or what a capped line
+takes a second for.  Disks' chunks are counted, too, though frames overtake them: it cannot be much less.
+"""
 PENDING_MAX = 16 * 1024
 """Bytes of frames that wait for a link to be made."""
 RETRY = 5.0
@@ -182,7 +184,7 @@ class Lan:
         """Send frames to `peer`, over a link that is made if need be; False where they are lost."""
         link = self._roads.get(peer)
         if link is not None and link.live:
-            if link.queued > QUEUED_MAX:
+            if link.queued > QUEUED_MAX * link.low:
                 return False
             link.send(head, *pieces, again=_never)
             return True

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from p2pgrid.errors import BadFrame
 from p2pgrid.hole_punch.reactor import READ, WRITE, Next
 
-READ_MAX = 128 * 1024
-"""Bytes taken in one turn: some 85 whole frames."""
+READ_MAX = 64 * 1024
+"""Bytes taken in one turn: some 40 whole frames, and never so many that links wait long."""
 WAITING_MAX = 1 << 20
 """Bytes that wait for a guest; what comes then is dropped."""
 BUFFER = 1 << 20
