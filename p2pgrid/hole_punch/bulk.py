@@ -111,6 +111,10 @@ class Links:
         """The one with the least to do, for what has turns beside the links and ends before them."""
         return min(self._reactors, key=len)
 
+    def doubt(self) -> None:
+        """The network has changed, or may have: paths that do not work any more are to be left soon."""
+        self._keeping.doubt()
+
     def live(self) -> list[Link]:
         return [link for link in self._links.values() if link.live]
 

@@ -98,6 +98,13 @@ class Keeping:
                         case "regain":
                             self.regain(link)
 
+    def doubt(self) -> None:
+        """Have every path show now whether it still works: the network may have changed."""
+        for link, vigil in self._vigils.items():
+            if link.live and link.connected and vigil.probed_at is None:
+                vigil.probed_at = trio.current_time()
+                link.probe()
+
     def regain(self, link: Link) -> None:
         """Look for another connection for `link`."""
         if link.live and link not in self._at_it:

@@ -181,6 +181,23 @@ async def test_a_path_that_nothing_comes_through_is_left_for_another() -> None:
         assert here.links[0].path is not path
 
 
+async def test_after_a_change_of_the_network_paths_are_doubted_at_once(
+    monkeypatch: pytest.MonkeyPatch, hasty: None
+) -> None:
+    monkeypatch.setattr(keeping, "QUIET", 1e9)
+    async with open_pair() as pair:
+        here, there = await linked(pair, 1000)
+        await here.reached(100)
+        path, pair.wire.silent = here.links[0].path, True
+        pair.links.learn(pair.b.me, [f"/ip4/127.0.0.1/tcp/{pair.others.bound[0][1]}/tls"])
+        await trio.sleep(2 * keeping.LOOK)  # what was under way has come
+        pair.links.doubt()
+        await here.reached(here.most)
+        await there.reached(there.most)
+        check(here, there)
+        assert here.links[0].path is not path
+
+
 @pytest.mark.parametrize("accepts", [True, False])
 async def test_a_better_path_is_taken_in_the_middle_of_it(accepts: bool) -> None:
     async with open_pair() as pair:
