@@ -1,4 +1,7 @@
-"""Decide which multiaddrs we dial and listen on: an IP address or a host name, and a TCP port."""
+"""Decide which multiaddrs we dial and listen on: an IP address or a host name and a TCP port, or a circuit.
+
+A circuit (libp2p's, see `circuit.py`) is written as its relay: `/ip4/H/tcp/P/p2p/RELAY/p2p-circuit`.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,34 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from p2pgrid.errors import Misconfigured
+from p2pgrid.ids import PeerId
+
+_HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
 def bare(address: str) -> str:
-    """`address` without /p2p/…, or nothing if TCP cannot dial it."""
-    plain = address.partition("/p2p/")[0]
+    """`address` without the peer's own /p2p/…, or nothing if neither TCP nor a circuit leads there."""
+    match _protocols(address):
+        case [host, "tcp"] | [host, "tcp", "p2p"] if host in _HOSTS:
+            return address.partition("/p2p/")[0]
+        case [host, "tcp", "p2p", "p2p-circuit"] | [host, "tcp", "p2p", "p2p-circuit", "p2p"] if (
+            host in _HOSTS
+        ):
+            return address.partition("/p2p-circuit")[0] + "/p2p-circuit"
+    return ""
+
+
+def relay_of(plain: str) -> tuple[str, PeerId] | None:
+    """Where the relay of a bare address is dialled, and who it is; None if no circuit is meant."""
+    where, _, relay = plain.partition("/p2p/")
+    return (where, PeerId(relay.removesuffix("/p2p-circuit"))) if relay else None
+
+
+def _protocols(address: str) -> list[str]:
     try:
-        protocols = [protocol.name for protocol in Multiaddr(plain).protocols()]
+        return [protocol.name for protocol in Multiaddr(address).protocols()]
     except (MultiaddrError, ValueError):
-        return ""
-    usable = (
-        len(protocols) == 2
-        and protocols[1] == "tcp"
-        and protocols[0] in ("ip4", "ip6", "dns", "dns4", "dns6")
-    )
-    return plain if usable else ""
+        return []
 
 
 def is_loopback(address: str) -> bool:

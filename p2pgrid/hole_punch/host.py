@@ -38,8 +38,6 @@ from libp2p.rcmgr.connection_limits import ConnectionLimits
 from libp2p.rcmgr.manager import ResourceLimits
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.exceptions import MuxerUpgradeFailure
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.utils.address_validation import get_available_interfaces
@@ -48,8 +46,10 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
 from p2pgrid.errors import Misconfigured, Unreachable
-from p2pgrid.hole_punch.addresses import bare, is_loopback, listening
+from p2pgrid.hole_punch import circuit
+from p2pgrid.hole_punch.addresses import bare, is_loopback, listening, relay_of
 from p2pgrid.hole_punch.channel import TROUBLE, ControlChannel, answer, plain, reason
+from p2pgrid.hole_punch.muxer import PROTOCOL_ID, Muxer
 from p2pgrid.ids import PeerId
 from p2pgrid.net import Channel, Serve
 
@@ -66,12 +66,6 @@ DIAL_STAGGER = 0.25
 
 STREAM_PATIENCE = 10.0
 """Seconds for a stream's protocol to be agreed on; a connection that takes longer is stale."""
-
-WRITE_PATIENCE = 10.0
-"""Seconds a full TCP buffer may refuse bytes before the connection is given up."""
-
-WINDOW = 256 << 10
-"""Bytes of a stream that may wait to be read here; Yamux begins with this, and we leave it there."""
 
 ADDRESSES_MAX = 16
 """Addresses remembered of one peer; more is noise or an attempt to have us scan a network."""
@@ -96,6 +90,8 @@ class Host:
         self._nursery = nursery
         self._learned: dict[PeerId, tuple[str, ...]] = {}
         self._dials: dict[PeerId, _Dial] = {}
+        self.circuits: dict[PeerId, tuple[str, ...]] = {}
+        """Where we are reached through others, by relay; `circuit_relay.py` keeps it."""
         self._put_right()
 
     @property
@@ -105,6 +101,11 @@ class Host:
     @property
     def addresses(self) -> Sequence[str]:
         return tuple(str(address) for address in self.libp2p.get_addrs())
+
+    @property
+    def listening(self) -> Sequence[str]:
+        """Those of `addresses` at which we listen ourselves, without our name."""
+        return [plain for address in self.addresses if (plain := bare(address)) and not relay_of(plain)]
 
     @property
     def connected(self) -> Sequence[PeerId]:
@@ -151,7 +152,7 @@ class Host:
             if live is None:
                 raise Unreachable(who=peer, why="the connection ended as soon as it was there")
             try:
-                return ControlChannel(peer, await self._stream(live, protocol), self._nursery)
+                return ControlChannel(peer, await self.stream_on(live, protocol), self._nursery)
             except TROUBLE as trouble:
                 if _speaks_not(trouble):
                     raise Unreachable(who=peer, why=f"it does not speak {protocol}") from None
@@ -159,7 +160,7 @@ class Host:
                 if dialled:
                     raise Unreachable(who=peer, why=f"no stream: {reason(trouble)}") from None
 
-    async def _stream(self, connection: Any, protocol: str) -> Any:
+    async def stream_on(self, connection: Any, protocol: str) -> Any:
         """A stream on this very connection; libp2p would choose among several, stale ones too."""
         with trio.fail_after(STREAM_PATIENCE):
             stream = await connection.new_stream()
@@ -178,15 +179,21 @@ class Host:
         if self._live(_parsed(peer)) is None:
             await self._reach(peer)
 
-    def session(self, peer: PeerId) -> object | None:
+    def session(self, peer: PeerId) -> Any | None:
         """The live connection, as a thing to compare: another one means that it was lost meanwhile."""
         return self._live(_parsed(peer))
 
     def _live(self, name: Any) -> Any | None:
-        for connection in self._swarm.get_connections(name):
-            if not connection.is_closed and not connection.muxed_conn.event_shutting_down.is_set():
-                return connection
-        return None
+        """A circuit only where there is nothing else."""
+        return min(
+            (
+                connection
+                for connection in self._swarm.get_connections(name)
+                if not connection.is_closed and not connection.muxed_conn.event_shutting_down.is_set()
+            ),
+            key=circuit.relayed,
+            default=None,
+        )
 
     # --- dialling ---------------------------------------------------------------------
 
@@ -203,15 +210,15 @@ class Host:
     async def _dial(self, peer: PeerId, dial: _Dial) -> None:
         """Addresses side by side, each a moment after the one before; the first that answers wins."""
         name, found, failures = ID.from_base58(peer), trio.Event(), []
-        addresses = sorted(self.addresses_of(peer), key=is_loopback)[:ADDRESSES_MAX]
+        addresses = sorted(self.addresses_of(peer), key=_last)[:ADDRESSES_MAX]
 
         async def attempt(address: str, failed: trio.Event) -> None:
             try:
-                await self._swarm.dial_addr(Multiaddr(address), name)
+                await self._dial_one(address, name)
                 found.set()
                 nursery.cancel_scope.cancel()
             except TROUBLE as trouble:
-                failures.append(f"{address.partition('/p2p/')[0]}: {reason(trouble)}")
+                failures.append(f"{bare(address)}: {reason(trouble)}")
                 failed.set()
 
         try:
@@ -230,6 +237,25 @@ class Host:
             del self._dials[peer]
             dial.done.set()
 
+    async def _dial_one(self, address: str, name: Any) -> None:
+        """By TCP, or over a stream to a relay that is connected, or dialled by TCP."""
+        around = relay_of(bare(address))
+        if around is None:
+            await self._swarm.dial_addr(Multiaddr(address), name)
+            return
+        where, relay = around
+        live = self._live(_parsed(relay))
+        if live is None or circuit.relayed(live):
+            live = await self._swarm.dial_addr(Multiaddr(where), _parsed(relay))
+        stream = await self.stream_on(live, circuit.HOP)
+        try:
+            await circuit.connect(stream, name)
+            await self._swarm.upgrade_outbound_raw_conn(circuit.connection(stream, True, address), name)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await stream.reset()
+            raise
+
     # --- libp2p, put right ------------------------------------------------------------
 
     def _put_right(self) -> None:
@@ -240,9 +266,8 @@ class Host:
         self._swarm.upgrader.upgrade_connection = self._multiplex
         self._swarm._handle_inbound_connection = self._accept
         self._swarm.set_stream_handler(self._door)
-        YamuxStream._apply_autotune_epoch = lambda stream, buffered: (
-            0
-        )  # 16 MiB a stream else, for six small reads
+        own = self.libp2p.get_addrs
+        self.libp2p.get_addrs = lambda: [*own(), *self._around()]
 
     async def _dial_peer(self, name: Any) -> list[Any]:
         """libp2p's own dials (the DHT's) take our way, too."""
@@ -261,10 +286,17 @@ class Host:
             raise MuxerUpgradeFailure("no stream multiplexer in common") from refused
         return muxer(secured, name, is_initiator=secured.is_initiator)
 
+    def _around(self) -> list[Multiaddr]:
+        """`circuits`, for libp2p to tell others; it would take their relays' names off them."""
+        return [Multiaddr(f"{a}/p2p/{self.me}") for addresses in self.circuits.values() for a in addresses]
+
     async def _accept(self, stream: Any, listener: Any) -> None:
+        await self.adopt(RawConnection(stream, False), listener)
+
+    async def adopt(self, raw: Any, listener: Any = None) -> None:
         """Hold an inbound connection just as long as it lives (libp2p holds it for ever)."""
         try:
-            muxed = await self._swarm.upgrade_inbound_raw_conn(RawConnection(stream, False), listener)
+            muxed = await self._swarm.upgrade_inbound_raw_conn(raw, listener)
         except TROUBLE as trouble:
             log.debug("inbound connection refused", why=reason(trouble))
             return
@@ -312,7 +344,7 @@ def _new_host(seed: bytes) -> Any:
     return new_host(
         key_pair=keys,
         sec_opt={NOISE: NoiseTransport(keys, noise_privkey=create_new_noise_key().private_key)},
-        muxer_opt={YAMUX: _Yamux},
+        muxer_opt={PROTOCOL_ID: Muxer},
         transports=[TCP()],
         resource_manager=new_resource_manager(
             limits=ResourceLimits(max_connections=2 * CONNECTIONS_MAX, max_streams=64 * CONNECTIONS_MAX),
@@ -334,43 +366,6 @@ def _new_host(seed: bytes) -> Any:
 
 
 # --- connections ------------------------------------------------------------------------
-
-
-class _Buffer(bytearray):
-    """What of one stream waits to be read; libp2p takes more than it granted, and says so in its log."""
-
-    def extend(self, data: Any) -> None:
-        if len(self) + len(data) > 2 * WINDOW:  # it grants what was read twice now and then
-            raise ValueError("more than was granted")  # libp2p ends the stream
-        super().extend(data)
-
-
-class _Buffers(dict[int, bytearray]):
-    """Those of all streams of a connection."""
-
-    def __setitem__(self, stream: int, data: bytearray) -> None:
-        super().__setitem__(stream, _Buffer(data))
-
-
-class _Yamux(Yamux):  # type: ignore[misc]
-    """Yamux whose writes nobody's cancellation cuts: Noise counts messages, and one lost ends them all."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.stream_buffers = _Buffers()
-
-    async def _write_frame(self, data: bytes) -> None:
-        with trio.CancelScope(shield=True), trio.fail_after(WRITE_PATIENCE):
-            await super()._write_frame(data)
-
-    async def start(self) -> None:
-        """However the connection ends, its socket is closed and who waits for that learns of it."""
-        try:
-            await super().start()
-        finally:
-            with trio.CancelScope(shield=True):
-                await self.secured_conn.close()
-            self.event_closed.set()
 
 
 async def _close(connection: Any) -> None:
@@ -399,6 +394,11 @@ def _speaks_not(trouble: BaseException | None) -> bool:
 
 
 # --- addresses --------------------------------------------------------------------------
+
+
+def _last(address: str) -> tuple[bool, bool]:
+    """Circuits are dialled after all others, and other programs on this machine after other machines."""
+    return relay_of(bare(address)) is not None, is_loopback(address)
 
 
 def _parsed(peer: PeerId) -> Any:

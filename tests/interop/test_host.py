@@ -14,6 +14,7 @@ from p2pgrid.errors import BadFrame, Misconfigured, Unreachable
 from p2pgrid.hole_punch import host as host_module
 from p2pgrid.hole_punch.channel import READ_SIZE
 from p2pgrid.hole_punch.host import open_host
+from p2pgrid.hole_punch.muxer import WINDOW
 from p2pgrid.ids import PeerId
 from p2pgrid.wire import BODY_MAX, HEADER
 from tests.interop import echo_host
@@ -150,12 +151,10 @@ async def test_who_sends_more_than_was_granted_loses_the_stream_and_fills_no_mem
 
         async def idle(stream):
             waiting = stream.muxed_conn.stream_buffers[stream.muxed_stream.stream_id]
-            assert (
-                stream.muxed_stream.recv_window < host_module.WINDOW + READ_SIZE
-            )  # whatever was read before
+            assert stream.muxed_stream.recv_window < WINDOW + READ_SIZE  # whatever was read before
             while not stream.muxed_stream.recv_closed:  # noqa: ASYNC110 - libp2p tells who reads, and only that
                 await trio.sleep(0.001)
-            assert host_module.WINDOW < len(waiting) <= 2 * host_module.WINDOW
+            assert WINDOW < len(waiting) <= 2 * WINDOW
             seen.set()
 
         anna.libp2p.set_stream_handler("/p2pgrid/idle/1", idle)

