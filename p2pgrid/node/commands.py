@@ -8,14 +8,14 @@ import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import attrs
 from cyclopts import App, Parameter
 
 from p2pgrid import __version__
 from p2pgrid.errors import Conflict, GridError, Misused, NotFound, Refused, TimedOut, Unreachable
-from p2pgrid.node import api, launch, show, show_links
+from p2pgrid.node import api, launch, show, show_links, show_relay
 from p2pgrid.node.config import FILE, MEMBERSHIP, TICKET, Config
 from p2pgrid.node.console import default_home, emit, parse_size, say, ticket_text
 from p2pgrid.node.plain import cleaned
@@ -240,6 +240,40 @@ def prefs(
     if window or no_windows:
         wanted["windows"] = list(window or ())
     emit(api.call(_home(data_dir), "prefs", {"changes": wanted}), as_json, show.prefs)
+    return 0
+
+
+@app.command
+def relay(
+    do: Annotated[
+        Literal["status", "on", "off", "default"],
+        Parameter(name="DO", help="on, off, default (coordinators relay, others do not), or show."),
+    ] = "status",
+    /,
+    *,
+    rate: Annotated[str | None, Parameter(help="Most in all: 50Mbit, 6MB or none.")] = None,
+    rate_each: Annotated[str | None, Parameter(help="Most of one circuit.")] = None,
+    quota: Annotated[str | None, Parameter(help="Most a day in all: 100G or none.")] = None,
+    quota_each: Annotated[str | None, Parameter(help="Most a day of one peer.")] = None,
+    circuits: Annotated[int | None, Parameter(help="Most at a time.")] = None,
+    circuits_each: Annotated[int | None, Parameter(help="Most at a time of one peer.")] = None,
+    data_dir: Home = None,
+    as_json: Json = False,
+) -> int:
+    """Relay for members that cannot reach each other, within limits; or show what is relayed, and which
+    relays this node uses.  What passes through is sealed: this node cannot read it.
+    """
+    changes: dict[str, object] = {
+        "rate": rate,
+        "rate_each": rate_each,
+        "quota": quota,
+        "quota_each": quota_each,
+        "circuits": circuits,
+        "circuits_each": circuits_each,
+        "wanted": None if do == "status" else do,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    emit(api.call(_home(data_dir), "relay", {"changes": changes}), as_json, show_relay.relay)
     return 0
 
 

@@ -28,6 +28,7 @@ from p2pgrid.dht.index import open_index
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import Conflict, GridError, Misconfigured, NotAuthorised, Temporary, Unreachable
 from p2pgrid.hole_punch.host import Host, open_host
+from p2pgrid.hole_punch.relay.relaying import open_relaying
 from p2pgrid.ids import PeerId
 from p2pgrid.node import disks, jobs, links
 from p2pgrid.node.api import Op, Tell, daemon_runs, failure, leaves, serve_api
@@ -44,6 +45,7 @@ from p2pgrid.node.outlook import open_outlook
 from p2pgrid.node.plain import plain
 from p2pgrid.node.prefs import Prefs
 from p2pgrid.node.reach import index_mode, told
+from p2pgrid.node.relaying import keep_relaying, relay
 from p2pgrid.node.rules import keep_rules, prefs
 from p2pgrid.node.standing import Standing
 from p2pgrid.node.ticket import read_ticket
@@ -222,6 +224,8 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
             )
         )
         hear_renewals(exchange.links, standing)
+        relaying = await rooms.enter_async_context(open_relaying(exchange.links, host.me, standing.barred))
+        standing.bars.append(relaying.service.bar)
         calls: Calls = (
             await rooms.enter_async_context(open_grid(home, config, host))
             if grid == host.me
@@ -231,6 +235,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         node = Node(
             home, config, identity, host, index, store, exchange, calls, grid, roles, stopping, standing
         )
+        node.relaying = relaying
         _keep_port(home, config, host)
         node.prefs = Prefs.load(home)
         node.outlook = await rooms.enter_async_context(
@@ -245,6 +250,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         nursery.start_soon(keep_holding, node)
         nursery.start_soon(node.keep_announcing)
         nursery.start_soon(keep_rules, node)
+        nursery.start_soon(keep_relaying, node)
         nursery.start_soon(keep_membership, node)
         nursery.start_soon(keep_standing, node)
         if "worker" in roles:
@@ -306,6 +312,7 @@ def _ops(node: Node) -> dict[str, Op]:
         "stop": _stop,
         "leave": _leave,
         "prefs": prefs,
+        "relay": relay,
         "node_ls": _nodes,
         "netcheck": _netcheck,
         "ping": links.ping,

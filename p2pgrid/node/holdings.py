@@ -26,6 +26,7 @@ from p2pgrid.node.drafts import follow, let_go
 from p2pgrid.node.membership import heed
 from p2pgrid.node.node import STALL_PATIENCE, Node, Running, Trouble
 from p2pgrid.node.patience import backoff, patiently
+from p2pgrid.node.relaying import heed_relays, relayed_at
 from p2pgrid.node.room import RESULT_MAX, offered, store_room
 from p2pgrid.node.shortlist import Here, shortlist
 from p2pgrid.scheduler import messages as m
@@ -61,6 +62,7 @@ async def keep_holding(node: Node) -> None:
                 continue
             node.connected, patience = True, orders.interval
             await heed(node, orders)
+            heed_relays(node, orders)
             for task in orders.stop:
                 if task in node.running:
                     node.running[task].scope.cancel()
@@ -111,6 +113,7 @@ async def _beat(node: Node, patience: float) -> m.Beat:
         status=status(node.running.values(), node.troubles.values()),
         patience=min(patience, m.PATIENCE_MAX),
         cut=cut,
+        relay=relayed_at(node),
     )
 
 

@@ -16,6 +16,7 @@ import trio
 from p2pgrid.dht.manifest import Delta, Tree, decode_datum, decode_pack
 from p2pgrid.dht.store import MIN_FREE, Store
 from p2pgrid.errors import GridError, NotFound, Temporary
+from p2pgrid.hole_punch.relay.relaying import Relaying
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.net import Index, Network
 from p2pgrid.node.config import Config
@@ -24,6 +25,7 @@ from p2pgrid.node.lan import Lans
 from p2pgrid.node.outlook import Outlook
 from p2pgrid.node.prefs import Prefs
 from p2pgrid.node.reach import told
+from p2pgrid.node.relay_prefs import RelayPrefs
 from p2pgrid.node.standing import Standing
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls
@@ -110,6 +112,11 @@ class Node:
     outlook: Outlook | None = None
     """How it stands in the network."""
     lans: Lans | None = None
+    relaying: Relaying | None = None
+    """The relay that it may be, and those that it uses."""
+    relay_prefs: RelayPrefs = attrs.field(factory=RelayPrefs)
+    relays: bool = False
+    """Whether it relays for others just now."""
     """Where its guests meet those of other nodes; a worker has it."""
     connected: bool = False
     _news: trio.Event = attrs.field(factory=trio.Event)

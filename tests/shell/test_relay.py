@@ -100,7 +100,7 @@ async def open_three(
 
 async def test_a_link_through_a_relay() -> None:
     async with open_three() as (r, a, b):
-        a.links.learn(b.me, b.links.addresses[1:])  # not where it could be dialled
+        a.links.learn(b.me, [x for x in b.links.addresses if "p2p-circuit" in x])  # it cannot be dialled
         assert a.links.addresses_of(b.me) == [
             f"/ip4/127.0.0.1/tcp/{r.links.bound[0][1]}/tls/p2p/{r.me}/p2p-circuit"
         ]
