@@ -41,6 +41,10 @@ def run(
     time: Annotated[str, Parameter(help="Wall time after which the VM is ended.")] = "1h",
     scratch: Annotated[str, Parameter(help="Size of /scratch.")] = "8G",
     net: Annotated[str, Parameter(help="none, or lan: the job's guests, and nobody else.")] = "none",
+    accept: Annotated[
+        list[str] | None,
+        Parameter(help="Who may reach its guests: 22 you, 8080:job they, too; needs --net lan.", negative=""),
+    ] = None,
     needs: Annotated[
         list[str] | None, Parameter(help="A sharing that the worker must have.", negative="")
     ] = None,
@@ -76,6 +80,7 @@ def run(
         "time_limit": parse_duration(time),
         "scratch": parse_size(scratch),
         "needs": needs or [],
+        "accept": _rules(accept or [], net),
         "lan": net == "lan",
         "name": name,
         "origins": origins,
@@ -88,6 +93,15 @@ def run(
     brought = api.call(home, "job_results", {"job": view["job"], "out": str(folder)})
     emit({**view, "results": brought["folder"], "results_failed": brought["failed"]}, as_json, show.finished)
     return show.exit_code(view) or (show.GRID_FAILURE if brought["failed"] else 0)
+
+
+def _rules(given: list[str], net: str) -> list[str]:
+    """What was given to `--accept`, if it can be.  Raises `Misused`."""
+    from p2pgrid.node.proxy.rules import parse_accept
+
+    if given and net == "none":
+        raise Misused(why="--accept needs --net lan: a guest without a network is reached by nobody")
+    return [f"{rule.port}:{rule.who}" if rule.who else str(rule.port) for rule in map(parse_accept, given)]
 
 
 def _attended(home: Path, spec: dict[str, Any], as_json: bool) -> Any:

@@ -277,6 +277,39 @@ def relay(
     return 0
 
 
+proxy = app.command(App(name="proxy", help="Connections between programs and guests."))
+
+
+@proxy.command(name="status")
+def proxy_status(*, data_dir: Home = None, as_json: Json = False) -> int:
+    """Show the connections under way: who, to what, by which way, how much, how long."""
+    from p2pgrid.node import show_proxy
+
+    emit(api.call(_home(data_dir), "proxy_status"), as_json, show_proxy.status)
+    return 0
+
+
+@proxy.command(name="socks")
+def proxy_socks(
+    *,
+    port: Annotated[int, Parameter(help="Where programs of this machine find it.")] = 1080,
+    bind: Annotated[str, Parameter(help="Address of this machine alone to listen at.")] = "127.0.0.1",
+    data_dir: Home = None,
+) -> int:
+    """Serve SOCKS5 to programs of this machine until Ctrl-C: they reach PORT.JOB.grid and the like."""
+
+    def listening(event: dict[str, Any]) -> None:
+        host, at = event["listening"]
+        print(f"socks5h://{event['user']}:{event['password']}@{host}:{at}", flush=True)
+        say("that is the proxy's URL, password included; Ctrl-C ends it")
+
+    try:
+        api.call(_home(data_dir), "socks", {"at": port, "host": bind}, listening)
+    except KeyboardInterrupt:
+        say("ended")
+    return 0
+
+
 @app.command
 def leave(
     *,

@@ -44,6 +44,8 @@ from p2pgrid.node.node import Node
 from p2pgrid.node.outlook import open_outlook
 from p2pgrid.node.plain import plain
 from p2pgrid.node.prefs import Prefs
+from p2pgrid.node.proxy import ops as proxy
+from p2pgrid.node.proxy.proxy import open_proxy
 from p2pgrid.node.reach import index_mode, told
 from p2pgrid.node.relaying import keep_relaying, relay
 from p2pgrid.node.rules import keep_rules, prefs
@@ -237,6 +239,9 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         )
         node.relaying = relaying
         _keep_port(home, config, host)
+        node.proxy = await rooms.enter_async_context(
+            open_proxy(host.me, exchange.links, calls, exchange.learn)
+        )
         node.prefs = Prefs.load(home)
         node.outlook = await rooms.enter_async_context(
             open_outlook(exchange.links, host.me, grid, lambda: node.prefs, node.tell)
@@ -331,6 +336,10 @@ def _ops(node: Node) -> dict[str, Op]:
         "job_cancel": jobs.cancel,
         "job_results": jobs.results,
         "job_logs": jobs.logs,
+        "forward": proxy.forward,
+        "expose": proxy.expose,
+        "socks": proxy.socks,
+        "proxy_status": proxy.status,
     }
     if node.grid == node.network.me:
         table["token_create"] = _token

@@ -115,6 +115,7 @@ async def _spec(node: Node, args: Args, tell: Tell) -> tuple[str, JobSpec]:
         time_limit=args["time_limit"],
         scratch=args["scratch"],
         needs=tuple(args["needs"]),
+        accept=tuple(args.get("accept", ())),
         lan=args.get("lan", False),
     )
 

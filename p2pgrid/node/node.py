@@ -24,6 +24,7 @@ from p2pgrid.node.identity import Identity
 from p2pgrid.node.lan import Lans
 from p2pgrid.node.outlook import Outlook
 from p2pgrid.node.prefs import Prefs
+from p2pgrid.node.proxy.proxy import Proxy
 from p2pgrid.node.reach import told
 from p2pgrid.node.relay_prefs import RelayPrefs
 from p2pgrid.node.standing import Standing
@@ -118,6 +119,8 @@ class Node:
     relays: bool = False
     """Whether it relays for others just now."""
     """Where its guests meet those of other nodes; a worker has it."""
+    proxy: Proxy | None = None
+    """What programs of this node reach through the grid, and who reaches what here."""
     connected: bool = False
     _news: trio.Event = attrs.field(factory=trio.Event)
     _unannounced: dict[str, None] = attrs.field(factory=dict)

@@ -38,6 +38,7 @@ CidText = Annotated[str, Meta(pattern="^b[a-z2-7]{58}$", min_length=59, max_leng
 Name = Annotated[str, Meta(max_length=128)]
 Word = Annotated[str, Meta(pattern="^[ -~]+$", min_length=1, max_length=64)]
 """ASCII, so that its length is its size."""
+Rule = Annotated[str, Meta(pattern="^[0-9]{1,5}(:[a-z0-9]{1,64})?$", max_length=70)]
 Note = Annotated[str, Meta(max_length=200)]
 """A sentence for people."""
 Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
@@ -63,6 +64,9 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     net: Literal["none"] = "none"
     lan: bool = False
     """The guests of its tasks share a network of their own."""
+    accept: Annotated[tuple[Rule, ...], Meta(max_length=32)] = ()
+    """Who may reach its guests, beside each other in their LAN: PORT is for its submitter, PORT:job for its
+    guests, too, PORT:JOB for those of another job.  Nobody else."""
     needs: Annotated[tuple[Word, ...], Meta(max_length=32)] = ()
     """Sharings that a worker must declare, as "root" or "virtualbox"."""
     retries: Annotated[int, Meta(ge=0, le=100)] = 3

@@ -28,6 +28,7 @@ JobId = Annotated[str, Meta(max_length=64)]
 Net = Literal["tcp", "udp"]
 TARGET_MAX = 512
 SAME = "job"
+_PAIR = re.compile(r"(?:([0-9]{1,5}):)?([0-9]{1,5})")
 _ACCEPT = re.compile(r"([0-9]{1,5})(?::([a-z0-9]{1,64}))?")
 
 
@@ -77,6 +78,15 @@ def parse_accept(text: str) -> Accept:
     if found is None or not 0 < int(found[1]) < 65536:
         raise Misused(why=f"{text[:80]!r} is not PORT, PORT:job or PORT:JOB, such as 22 or 8080:job")
     return Accept(int(found[1]), found[2] or "")
+
+
+def parse_port_pair(text: str) -> tuple[int, int]:
+    """`3333:22` is port 3333 here and 22 there; `22` any port here.  Raises `Misused`."""
+    found = _PAIR.fullmatch(text)
+    here, there = (int(found[1] or 0), int(found[2])) if found else (0, 0)
+    if here > 65535 or not 0 < there < 65536:
+        raise Misused(why=f"{text[:80]!r} is not PORT or HERE:PORT, such as 3333:22")
+    return here, there
 
 
 @attrs.frozen
