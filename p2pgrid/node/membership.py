@@ -77,7 +77,6 @@ async def keep_standing(node: Node) -> None:
             try:
                 await trio.to_thread.run_sync(standing.save)
             except OSError as full:
-                standing.unsaved = True
                 log.warning("the membership could not be written down", why=str(full))
         with trio.move_on_after(SWEEP):
             await standing.beyond(seen)

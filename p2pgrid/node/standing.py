@@ -7,8 +7,8 @@ all of it is kept in the node's home.
                                         └──> membership.json, at each change that counts
 
 The grid's time is the coordinator's: as it last told, and counted on by a clock that neither steps nor
-stops while the machine sleeps.  In a new life, and with the coordinator away, it is the own wall clock with
-the difference it last had, and never before the time last told.
+stops while the machine sleeps.  A new life begins with the own wall clock and the difference it last had,
+and never before the time last written down, until the coordinator is heard.
 """
 
 from __future__ import annotations
@@ -75,19 +75,31 @@ class Standing:
     revoked: dict[PeerId, float] = attrs.field(factory=dict)
     changes: int = 0
     """How often something was learned; see `beyond`."""
-    unsaved: bool = False
     bars: list[Callable[[PeerId, str], None]] = attrs.field(factory=list)
     """Called with each peer that is no member any more, and why; in trio's thread."""
+    _learned: bool = False
+    """What is not kept yet."""
     _kept: _Kept = attrs.field(factory=lambda: _Kept(""))
-    _told: tuple[float, float] | None = None
-    """The grid's time, and when that was by the steady clock; None: not in this life."""
+    _told: tuple[float, float] = (0.0, 0.0)
+    """The grid's time, and when that was by the steady clock."""
     _heard: dict[PeerId, Membership] = attrs.field(factory=dict)
     _changed: trio.Event = attrs.field(factory=trio.Event)
 
+    def __attrs_post_init__(self) -> None:
+        self._told = self.wall(), self.steady()
+
     @classmethod
-    def load(cls, home: Path, me: PeerId, grid: PeerId, verify: Verify) -> Standing:
+    def load(
+        cls,
+        home: Path,
+        me: PeerId,
+        grid: PeerId,
+        verify: Verify,
+        steady: Callable[[], float] = _steady,
+        wall: Callable[[], float] = time.time,
+    ) -> Standing:
         """As it was kept; what cannot be read, or is of another grid, is asked for anew."""
-        standing = cls(home, me, grid, verify)
+        standing = cls(home, me, grid, verify, steady, wall)
         try:
             kept = msgspec.json.decode((home / MEMBERSHIP).read_bytes(), type=_Kept)
         except FileNotFoundError:
@@ -97,6 +109,7 @@ class Standing:
             return standing
         if kept.grid == grid:
             standing._kept = kept
+            standing._told = max(kept.now, wall() + kept.ahead), steady()
             standing.revision = kept.revision
             standing.revoked = {PeerId(peer): at for peer, at in kept.revoked.items()}
             standing._take(kept.membership)
@@ -104,34 +117,41 @@ class Standing:
 
     def save(self) -> None:
         """Keep all of it, whole or not at all.  Raises `OSError`."""
-        self.unsaved = False
-        now = self.now()
+        self._learned, now = False, self.now()
         revoked: dict[str, float] = dict(self.revoked.items())
-        self._kept = _Kept(self.grid, self.shown, self.revision, revoked, now, now - self.wall())
+        kept = _Kept(self.grid, self.shown, self.revision, revoked, now, now - self.wall())
         draft = self.home / f"{MEMBERSHIP}.tmp"
-        with draft.open("wb") as file:
-            file.write(msgspec.json.encode(self._kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self.home / MEMBERSHIP)
+        try:
+            with draft.open("wb") as file:
+                file.write(msgspec.json.encode(kept))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, self.home / MEMBERSHIP)
+        except OSError:
+            self._learned = True
+            raise
+        self._kept = kept
 
     # --- the time ---------------------------------------------------------------------------
 
     def now(self) -> float:
         """The grid's time, as far as we know."""
-        if self._told is not None:
-            told, at = self._told
-            return told + self.steady() - at
-        return max(self._kept.now, self.wall() + self._kept.ahead)
+        told, at = self._told
+        return told + self.steady() - at
 
     def tell(self, now: float) -> None:
         """The coordinator says what time it is."""
         if now <= 0.0:
             return
         self._told = now, self.steady()
-        stepped = abs(now - self.wall() - self._kept.ahead) > STEP
-        self.unsaved |= stepped or abs(now - self._kept.now) > NOTED
         self._change()
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether what is kept would mislead a new life."""
+        now = self.now()
+        stepped = abs(now - self.wall() - self._kept.ahead) > STEP
+        return self._learned or stepped or abs(now - self._kept.now) > NOTED
 
     # --- what the coordinator grants and takes ------------------------------------------------
 
@@ -140,14 +160,14 @@ class Standing:
         self.tell(welcome.now)
         if welcome.membership and self.me != self.grid:
             self._take(welcome.membership)
-            self.unsaved = True
+            self._learned = True
         self._change()
 
     def revoke(self, listed: m.RevocationList) -> None:
         """Whose memberships are void: these and no others."""
         self.revision = listed.revision
         self.revoked = {PeerId(row.peer): row.at for row in listed.revocations}
-        self.unsaved = True
+        self._learned = True
         self._change()
 
     def _take(self, shown: bytes) -> None:

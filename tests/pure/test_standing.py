@@ -41,10 +41,9 @@ class Machine:
 
     def boot(self, me: PeerId = ME, grid: PeerId = GRID) -> Standing:
         """A new life of the daemon."""
-        standing = Standing.load(self.home, me, grid, verify)
-        standing.wall = lambda: self.true + self.wrong
-        standing.steady = lambda: self.true - START + 5.0
-        return standing
+        return Standing.load(
+            self.home, me, grid, verify, lambda: self.true - START + 5.0, lambda: self.true + self.wrong
+        )
 
     def join(self, standing: Standing, life: float = 7 * DAY) -> None:
         shown = membership(self.true, life=life)
@@ -80,11 +79,14 @@ def test_a_clock_that_steps_matters_in_a_new_life_only_until_the_coordinator_is_
     standing.save()
     machine.wrong += step
     assert standing.now() == pytest.approx(machine.true, abs=0.01)
+    assert standing.unsaved == (abs(step) > 30.0)  # it is written down while the daemon lives
     again = machine.boot()
     assert again.now() >= START - 0.01  # never before what was told
     again.tell(machine.true)
     assert again.now() == pytest.approx(machine.true, abs=0.01)
     assert again.unsaved == (abs(step) > 30.0)
+    again.save()
+    assert machine.boot().now() == pytest.approx(machine.true, abs=0.01)
 
 
 def test_what_is_kept_is_kept(tmp_path: Path):
