@@ -38,6 +38,14 @@ def coordinator(
         str | None,
         Parameter(help="How long a node passes for a member without asking here [7d, or as before]."),
     ] = None,
+    libp2p_places: Annotated[
+        int | None,
+        Parameter(help="How many other libp2p nodes may be called through this one [0, or as before]."),
+    ] = None,
+    libp2p_relay: Annotated[
+        list[str] | None,
+        Parameter(help="libp2p node to be called through, /ip4/…/tcp/…/p2p/ID [or as before].", negative=""),
+    ] = None,
 ) -> int:
     """Run a coordinator here, in the foreground, until Ctrl-C."""
     asked = {
@@ -46,6 +54,8 @@ def coordinator(
         "lease": lease and launch.lease(lease),
         "membership": membership and launch.membership(membership),
         "origins": tuple(origins_of(origin)) or None,
+        "libp2p_places": libp2p_places if libp2p_places is None else launch.places(libp2p_places),
+        "libp2p_relays": launch.relays(libp2p_relay or ()) or None,
     }
     from p2pgrid.node.daemon import run_coordinator
 

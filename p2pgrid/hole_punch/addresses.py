@@ -34,6 +34,14 @@ def relay_of(plain: str) -> tuple[str, PeerId] | None:
     return (where, PeerId(relay.removesuffix("/p2p-circuit"))) if relay else None
 
 
+def relay_at(address: str) -> PeerId:
+    """Who listens at `address`, which leads to no circuit.  Raises `Misconfigured`."""
+    plain = bare(address)
+    if not plain or relay_of(plain) or not address.startswith(f"{plain}/p2p/"):
+        raise Misconfigured(why=f"{address!r} is not a libp2p node, /ip4/ADDRESS/tcp/PORT/p2p/ID")
+    return PeerId(address.removeprefix(f"{plain}/p2p/"))
+
+
 def _protocols(address: str) -> list[str]:
     try:
         return [protocol.name for protocol in Multiaddr(address).protocols()]

@@ -2,6 +2,7 @@
 
     serve_circuits(network, limits)      others reserve here, and are called through us
     keep_reserved(network, relay)        we reserve there, and are called through it: `network.circuits`
+    open_circuits(network, …)            both, as a daemon is set up
 
 This is for libp2p nodes of other kinds and costs nothing while none comes.  Between our own nodes links are
 relayed instead (`relay/`), which know members, carry gigabytes and are upgraded in place.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Never
 
 import attrs
@@ -22,7 +25,7 @@ from multiaddr import Multiaddr
 
 from p2pgrid.errors import Unreachable
 from p2pgrid.hole_punch import circuit
-from p2pgrid.hole_punch.addresses import bare, relay_of
+from p2pgrid.hole_punch.addresses import bare, relay_at, relay_of
 from p2pgrid.hole_punch.channel import TROUBLE, reason
 from p2pgrid.hole_punch.circuit import HOP, STOP
 from p2pgrid.hole_punch.host import ADDRESSES_MAX, Host
@@ -45,6 +48,23 @@ RENEWED = 0.5
 
 LIFE_MIN, LIFE_MAX = 60.0, 7200.0
 """Seconds; what a relay tells, and what our clock makes of it, is not believed beyond."""
+
+
+@asynccontextmanager
+async def open_circuits(network: Host, places: int, relays: Sequence[str]) -> AsyncIterator[None]:
+    """Until the block is left, offer others `places`, and have one at each of `relays` (…/tcp/PORT/p2p/ID).
+
+    Raises `Misconfigured` when that is none.
+    """
+    named = {address: relay_at(address) for address in relays}
+    if places:
+        serve_circuits(network, Limits(reservations=places))
+    async with trio.open_nursery() as nursery:
+        for address, relay in named.items():
+            network.learn(relay, [address])
+            nursery.start_soon(keep_reserved, network, relay)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 # --- a relay for others -----------------------------------------------------------------

@@ -42,6 +42,10 @@ class Config:
     """Seconds that a worker keeps a task without a word to the coordinator; only the coordinator's counts."""
     membership: float = 7 * 86400.0
     """Seconds for which a membership can be shown; only the coordinator's counts."""
+    libp2p_places: int = 0
+    """Other libp2p nodes that may have a place at this one, to be called through it."""
+    libp2p_relays: tuple[str, ...] = ()
+    """Other libp2p nodes at which this one has a place (multiaddrs that end in /p2p/ID)."""
 
     @property
     def multiaddr(self) -> str:

@@ -27,6 +27,7 @@ import trio
 from p2pgrid.dht.index import open_index
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import Conflict, GridError, Misconfigured, NotAuthorised, Temporary, Unreachable
+from p2pgrid.hole_punch.circuit_relay import open_circuits
 from p2pgrid.hole_punch.host import Host, open_host
 from p2pgrid.hole_punch.relay.relaying import open_relaying
 from p2pgrid.ids import PeerId
@@ -210,6 +211,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         host = await rooms.enter_async_context(open_host(identity.seed, [config.multiaddr]))
         grid = PeerId(config.coordinator) if config.coordinator else host.me
         host.learn(grid, config.addresses)
+        await rooms.enter_async_context(open_circuits(host, config.libp2p_places, config.libp2p_relays))
         index = await rooms.enter_async_context(
             open_index(host, index_mode(host.addresses, config.addresses or host.addresses), [grid])
         )

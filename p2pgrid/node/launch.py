@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
@@ -188,6 +188,22 @@ def membership(text: str) -> float:
     if not 3600 <= seconds <= 366 * 86400:
         raise Misused(why=f"--membership {text!r}: choose between 1h and 366d")
     return seconds
+
+
+def places(count: int) -> int:
+    """How many places there may be for other libp2p nodes.  Raises `Misused`."""
+    if not 0 <= count <= 1024:
+        raise Misused(why="--libp2p-places is between 0 and 1024")
+    return count
+
+
+def relays(addresses: Iterable[str]) -> tuple[str, ...]:
+    """The addresses, if all are of libp2p nodes.  Raises `Misconfigured`."""
+    from p2pgrid.hole_punch.addresses import relay_at
+
+    for address in addresses:
+        relay_at(address)
+    return tuple(addresses)
 
 
 def card(rows: Sequence[tuple[str, str]]) -> str:

@@ -8,9 +8,9 @@ import pytest
 import trio
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status
 
-from p2pgrid.errors import Unreachable
+from p2pgrid.errors import Misconfigured, Unreachable
 from p2pgrid.hole_punch import circuit, circuit_relay
-from p2pgrid.hole_punch.circuit_relay import keep_reserved, serve_circuits
+from p2pgrid.hole_punch.circuit_relay import keep_reserved, open_circuits, serve_circuits
 from p2pgrid.hole_punch.host import open_host
 from p2pgrid.hole_punch.reservations import Limits
 from p2pgrid.ids import PeerId
@@ -187,6 +187,25 @@ async def test_who_has_no_place_there_is_not_called_by_that_relay():
         with pytest.raises(circuit.Refused, match="PERMISSION_DENIED"):
             await circuit.ask(await relay.stream_on(relay.session(anna.me), circuit.STOP), request)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_daemon_offers_places_and_has_one_itself():
+    async with hosts(2) as (relay, anna), open_circuits(relay, 1, []):
+        async with open_circuits(anna, 0, relay.addresses):
+            await until(lambda: around(anna))
+            assert circuit.HOP not in anna.libp2p.get_mux().handlers  # nobody asked it to be one
+        assert not around(anna)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "/ip4/127.0.0.1/tcp/4001", "relay", "/ip4/127.0.0.1/udp/4001/p2p/12D3KooW", "/p2p/12D3KooW"],
+)
+async def test_what_is_no_relay_is_refused(address):
+    async with hosts(1) as (anna,):
+        with pytest.raises(Misconfigured, match="is not a libp2p node"):
+            async with open_circuits(anna, 0, [address]):
+                pass
 
 
 # --- with js-libp2p ---------------------------------------------------------------------
