@@ -23,6 +23,7 @@ Everything here runs in trio on non-blocking sockets; whoever leaves early close
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import select
 import socket
@@ -101,22 +102,29 @@ async def connect(
     """
     async with send:
         await trio.sleep(delay)
-        try:
-            sock = trio.socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-        except OSError as full:  # no descriptor left, or a system without IPv6
-            log.debug("cannot dial", address=address, why=str(full))
-            return
-        try:
-            if bound is not None:
-                with contextlib.suppress(OSError):  # another port will do, but for being seen
-                    share_port(sock)
-                    await sock.bind(bound)
-            await sock.connect(address)
-            send.send_nowait(bare(sock))
-        except OSError:
-            return
-        finally:
-            sock.close()  # a socket that was handed on is detached: nothing happens
+        for own in dict.fromkeys((bound, None)):
+            try:
+                send.send_nowait(await _connected(address, own))
+            except OSError as refused:
+                if own is None or refused.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+                    log.debug("nobody there", address=address, why=str(refused))
+                    return
+                # A connection from that port to there is still known to one of the systems.
+            else:
+                return
+
+
+async def _connected(address: Address, own: Address | None) -> socket.socket:
+    """A connection, from `own` where that is told.  Raises `OSError`."""
+    sock = trio.socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    try:
+        if own is not None:
+            share_port(sock)
+            await sock.bind(own)
+        await sock.connect(address)
+        return bare(sock)
+    finally:
+        sock.close()  # a socket that was handed on is detached: nothing happens
 
 
 def share_port(sock: trio.socket.SocketType | socket.socket) -> None:

@@ -43,6 +43,7 @@ from p2pgrid.node.lan import open_lans
 from p2pgrid.node.membership import hear_renewals, keep_membership, keep_standing
 from p2pgrid.node.node import Node
 from p2pgrid.node.outlook import open_outlook
+from p2pgrid.node.paths import keep_paths
 from p2pgrid.node.plain import plain
 from p2pgrid.node.prefs import Prefs
 from p2pgrid.node.proxy import ops as proxy
@@ -258,6 +259,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         nursery.start_soon(node.keep_announcing)
         nursery.start_soon(keep_rules, node)
         nursery.start_soon(keep_relaying, node)
+        nursery.start_soon(keep_paths, exchange.links, host.me)
         nursery.start_soon(keep_membership, node)
         nursery.start_soon(keep_standing, node)
         if "worker" in roles:

@@ -6,6 +6,7 @@ orders tell of relays ─────────> Relays: two of them are held
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -33,7 +34,7 @@ async def keep_relaying(node: Node) -> None:
     """Be a relay or not, as it is wanted, for ever.  Raises `Misconfigured` where that cannot be read."""
     assert node.relaying is not None
     node.relay_prefs = RelayPrefs.load(node.home)
-    node.relaying.relays.learn({node.grid: ()})  # until the coordinator tells of others
+    _learn(node, {node.grid: ()})  # until the coordinator tells of others
     done: object = None
     while True:
         wanted = _wanted(node)
@@ -75,7 +76,14 @@ def heed_relays(node: Node, orders: m.Orders) -> None:
     """Take in which relays there are; where none is told of, the coordinator's machine is one by default."""
     if node.relaying is not None:
         told = {PeerId(relay.peer): relay.addresses for relay in orders.relays}
-        node.relaying.relays.learn(told or {node.grid: ()})
+        _learn(node, told or {node.grid: ()})
+
+
+def _learn(node: Node, relays: Mapping[PeerId, Sequence[str]]) -> None:
+    """Relays are observers, too: they can be asked at which address the link port is seen."""
+    assert node.relaying is not None
+    node.exchange.links.observers.update(set(relays) - {node.network.me})
+    node.relaying.relays.learn(relays)
 
 
 async def relay(node: Node, args: dict[str, Any], tell: Tell) -> Any:
