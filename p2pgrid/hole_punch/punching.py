@@ -86,6 +86,8 @@ async def open_punching(links: Links, me: PeerId) -> AsyncIterator[Puncher]:
     async with open_puncher(_Node(me, links)) as puncher:
 
         def moved(link: Link) -> None:
+            if link.peer in links.observers:
+                puncher.look()  # it has told where it sees us
             (puncher.relayed if link.way is Way.RELAYED else puncher.settled)(link.peer)
 
         def left(link: Link) -> None:
