@@ -79,11 +79,3 @@ def test_two_guests_on_two_nodes_ping_and_fetch_by_name(grid: Grid, tmp_path: Pa
         assert result(me, "resolv.txt") == f"search {said.json['job']}.grid\nnameserver 10.77.0.1\n"
         assert "default" not in result(me, "route.txt"), "it leads nowhere else"
     assert result(0, "fetched.txt") != hashlib.sha256(b"").hexdigest() + "  -\n"
-
-
-def test_without_being_asked_for_there_is_no_card(grid: Grid, tmp_path: Path):
-    script = tmp_path / "job.sh"
-    script.write_text("#!/bin/sh\nls /sys/class/net >cards.txt\n")
-    words = ("run", "tiny", "--script", script, "--ram", "96M", "--scratch", "64M", "-o", tmp_path / "out")
-    assert p2pgrid(*words, home=grid.home).code == 0
-    assert (tmp_path / "out" / "0" / "cards.txt").read_text() == "lo\n"
