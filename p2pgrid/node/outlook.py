@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import attrs
+import structlog
 import trio
 
 from p2pgrid.errors import Unreachable
@@ -14,13 +15,15 @@ from p2pgrid.hole_punch.bulk import Links
 from p2pgrid.hole_punch.calling import Calling, open_calling
 from p2pgrid.hole_punch.link import Link
 from p2pgrid.hole_punch.nat import Mapping
-from p2pgrid.hole_punch.netwatch import read_net
+from p2pgrid.hole_punch.netwatch import Change, open_netwatch, read_net
 from p2pgrid.hole_punch.path import Address, parse_address
 from p2pgrid.ids import PeerId
 from p2pgrid.node.gateway import Door, keep_door
 from p2pgrid.node.netcheck import ROUTER_PATIENCE, here, report
 from p2pgrid.node.prefs import Prefs
 from p2pgrid.node.verdict import Facts, Observer
+
+log = structlog.get_logger(__name__)
 
 OBSERVER_PATIENCE = 8.0
 """Seconds for a link to an observer, and for what it is asked."""
@@ -38,6 +41,19 @@ class Outlook:
     calling: Calling
     door: Door
     prefs: Callable[[], Prefs]
+    changed: list[Callable[[Change], None]] = attrs.field(factory=list)
+    """Called when the network is another one, or this computer has slept."""
+
+    async def follow_network(self) -> None:
+        """Have paths that do not work any more left soon, for ever."""
+        async with open_netwatch() as changes:
+            async for change in changes:
+                log.info("the network changed", gateway=_gateway(change), slept=round(change.slept))
+                if change.before.v4 != change.after.v4:
+                    self.links.observed.clear()  # that was seen of another network
+                self.links.doubt()
+                for tell in self.changed:
+                    tell(change)
 
     async def check(self) -> dict[str, Any]:
         """Ask everybody who can tell; the answer of `netcheck`."""
@@ -95,6 +111,10 @@ class Outlook:
         return await self.calling.reach_self(where)
 
 
+def _gateway(change: Change) -> str:
+    return change.after.v4.gateway if change.after.v4 is not None else "none"
+
+
 def _address(multiaddr: str) -> Address | None:
     match multiaddr.split("/"):
         case ["", "ip4" | "ip6", host, "tcp", port, *_]:
@@ -126,5 +146,6 @@ async def open_outlook(
     async with open_calling(links) as calling, trio.open_nursery() as nursery:
         outlook = Outlook(me, grid, links, calling, Door(), prefs)
         nursery.start_soon(keep_door, links, outlook.door, prefs, moved)
+        nursery.start_soon(outlook.follow_network)
         yield outlook
         nursery.cancel_scope.cancel()
