@@ -287,6 +287,12 @@ class Link:
         path.tls.seal(header(len(resume)) + resume)
         self._acknowledged, self._unacknowledged = self._taken, 0
         self._resuming = True
+        for number, (_, answered) in list(self._probes.items()):  # what was left brings no echo any more
+            if answered is None:
+                self._probes.pop(number, None)
+            else:
+                self._probes[number] = time.monotonic(), answered
+                self._outbox.say(own.encode(own.PROBE, number))
 
     def _drop(self) -> None:
         """What was half read or half sent is void with the connection."""
@@ -298,7 +304,6 @@ class Link:
         self._begun = memoryview(b"")
         self._sealed = 0
         self._resuming = False
-        self._probes.clear()
         self._outbox.interrupt()
 
     def _lose(self) -> None:
