@@ -4,9 +4,6 @@
     asking <═══ TCP: MAGIC, token ═══════════   asked     sees the link come from, from another port
     asking <── TOLD: id, result ──────(link)──  asked
 
-    104 CALL   id u32, port u16, token 16
-    105 TOLD   id u32, result u8: 0 refused, 1 connected, 2 failed
-
 The link's own host is dialled and no other, so nobody can be made to knock at a stranger's door; a
 relayed link has no such host.  What counts is the token's arrival, not what the other says of it.
 """
@@ -17,15 +14,24 @@ import contextlib
 import ipaddress
 import secrets
 import socket
-import struct
 from collections.abc import AsyncIterator, Iterator
 
 import attrs
 import structlog
 import trio
 
-from p2pgrid.errors import BadFrame
 from p2pgrid.hole_punch.bulk import Links
+from p2pgrid.hole_punch.calling_messages import (
+    CONNECTED,
+    FAILED,
+    MAGIC,
+    REFUSED,
+    TOKEN,
+    Call,
+    Told,
+    decode,
+    encode,
+)
 from p2pgrid.hole_punch.link import Link
 from p2pgrid.hole_punch.path import Address, Way
 from p2pgrid.hole_punch.switchboard import CALLING
@@ -33,10 +39,6 @@ from p2pgrid.ids import PeerId
 
 log = structlog.get_logger(__name__)
 
-CALL, TOLD = 104, 105
-MAGIC = b"p2pgcall"
-TOKEN = 16
-REFUSED, CONNECTED, FAILED = 0, 1, 2
 PATIENCE = 3.0
 """Seconds for a connection, of which the most is a firewall's silence."""
 ANSWER_PATIENCE = 5.0
@@ -48,8 +50,6 @@ PAUSE = 1.0
 """Seconds between two calls for one peer."""
 PEERS_MAX = 1024
 """Peers of which it is remembered when they asked last."""
-
-_CALL, _TOLD = struct.Struct(">BIH16s"), struct.Struct(">BIB")
 
 
 @attrs.define(eq=False)
@@ -83,7 +83,7 @@ class Calling:
         self._calls[key] = asked
         try:
             with self._expected(asked.arrived) as token:
-                link.send(_CALL.pack(CALL, self._number, port, token))
+                link.send(encode(Call(self._number, port, token)))
                 with trio.move_on_after(ANSWER_PATIENCE):
                     await asked.told.wait()
                 if asked.result == CONNECTED:
@@ -131,15 +131,11 @@ class Calling:
 
     def later(self, link: Link, message: bytes) -> None:
         """Take a message of `link`'s.  Raises `BadFrame`."""
-        if message[0] == CALL and len(message) == _CALL.size:
-            _, number, port, token = _CALL.unpack(message)
-            host = _far_host(link)
-            self._token.run_sync_soon(self._serve, link, number, host, port, token)
-        elif message[0] == TOLD and len(message) == _TOLD.size:
-            _, number, result = _TOLD.unpack(message)
-            self._token.run_sync_soon(self._tell, link.peer, number, result)
-        elif message[0] in (CALL, TOLD):
-            raise BadFrame(why=f"a message of kind {message[0]} and {len(message)} bytes")
+        match decode(message):
+            case Call() as call:
+                self._token.run_sync_soon(self._serve, link, _far_host(link), call)
+            case Told(number, result):
+                self._token.run_sync_soon(self._tell, link.peer, number, result)
 
     # --- in trio's ------------------------------------------------------------------------
 
@@ -149,7 +145,7 @@ class Calling:
             call.result = result
             call.told.set()
 
-    def _serve(self, link: Link, number: int, host: str, port: int, token: bytes) -> None:
+    def _serve(self, link: Link, host: str, call: Call) -> None:
         if self.over:
             return
         now = trio.current_time()
@@ -157,18 +153,18 @@ class Calling:
         self._asked[link.peer] = now
         while len(self._asked) > PEERS_MAX:
             del self._asked[next(iter(self._asked))]
-        if not host or not port or now - last < PAUSE or self._under_way >= CALLS_MAX:
-            link.send(_TOLD.pack(TOLD, number, REFUSED))
+        if not host or not call.port or now - last < PAUSE or self._under_way >= CALLS_MAX:
+            link.send(encode(Told(call.number, REFUSED)))
             return
         self._under_way += 1
-        self._nursery.start_soon(self._dial_for, link, number, (host, port), token)
+        self._nursery.start_soon(self._dial_for, link, host, call)
 
-    async def _dial_for(self, link: Link, number: int, address: Address, token: bytes) -> None:
+    async def _dial_for(self, link: Link, host: str, call: Call) -> None:
         try:
-            connected = await _dial(address, token)
+            connected = await _dial((host, call.port), call.token)
         finally:
             self._under_way -= 1
-        link.send(_TOLD.pack(TOLD, number, CONNECTED if connected else FAILED))
+        link.send(encode(Told(call.number, CONNECTED if connected else FAILED)))
 
 
 @attrs.frozen

@@ -69,6 +69,7 @@ def _observer(observer: Observer) -> dict[str, Any]:
     return {
         "peer": observer.name,
         "role": observer.role,
+        "relays": observer.relays,
         "address": _text(observer.address),
         "delay": observer.delay,
         "way": observer.way,

@@ -83,7 +83,9 @@ class Outlook:
     async def _ask(self, peer: PeerId, observers: dict[PeerId, Observer]) -> None:
         if peer == self.me:
             return
-        asked = Observer(peer, "coordinator" if peer == self.grid else "relay", why="no answer")
+        role = "coordinator" if peer == self.grid else "relay"
+        relays = any(circuit.relay == peer for circuit in self.links.circuits)
+        asked = Observer(peer, role, relays, why="no answer")
         known = next(iter(self.links.addresses_of(peer)), "")
         observers[peer] = attrs.evolve(asked, address=_address(known))
         # A link that was there before the peer became an observer was made from another port.

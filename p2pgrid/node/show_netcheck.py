@@ -36,9 +36,13 @@ def _observers(v: Answer) -> list[str]:
     return ["  ".join([*(c.ljust(w) for c, w in zip(row[:4], widths, strict=True)), row[4]]) for row in cells]
 
 
+def _role(o: Answer) -> str:
+    return "coordinator, relay" if o["relays"] and o["role"] == "coordinator" else str(o["role"])
+
+
 def _observer(o: Answer) -> tuple[str, str, str, str, str]:
     if o["delay"] is None:
-        return short(o["peer"]), o["role"], "-", "-", f"{o['address'] or 'address unknown'}: {o['why']}"
+        return short(o["peer"]), _role(o), "-", "-", f"{o['address'] or 'address unknown'}: {o['why']}"
     called = {None: "", True: ", dials back", False: ", cannot dial back"}[o["called"]]
     seen = f"sees {o['seen']}" if o["seen"] else f"at {o['address']}"
-    return short(o["peer"]), o["role"], delay(o["delay"]), o["way"] or "-", seen + called
+    return short(o["peer"]), _role(o), delay(o["delay"]), o["way"] or "-", seen + called

@@ -38,6 +38,8 @@ class Observer:
     name: str
     role: str
     """"coordinator" or "relay"."""
+    relays: bool = False
+    """Whether this node is reached through it; a coordinator may be a relay, too."""
     address: Address | None = None
     """Where it answered, or where it was dialled in vain."""
     delay: float | None = None
@@ -87,7 +89,7 @@ class Facts:
 
     @property
     def relays(self) -> list[Observer]:
-        return [o for o in self.observers if o.role == "relay" and o.delay is not None]
+        return [o for o in self.observers if (o.role == "relay" or o.relays) and o.delay is not None]
 
     @property
     def unmediated(self) -> bool:

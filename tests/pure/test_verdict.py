@@ -44,6 +44,7 @@ TABLE = [
     (home(*HARD, mapping_wanted=False), "hard", "symmetric", "port_mapping=on"),
     (home(*HARD, ipv6=True), "hard", "Over IPv6", "switch on"),
     (home(HARD[0]), "unknown", "unknown kind", "no relay answers"),
+    (home(attrs.evolve(HARD[0], relays=True)), "unknown", "unknown kind", "switch on PCP"),
     (home(*EASY, unmapped="pcp: … another NAT stands before it"), "easy", "punches well", "the provider"),
     (home(*EASY, mapped=("11.9.9.9", 4001), how="pcp"), "mapped", "lets others in (pcp)", ""),
     (home(*HARD, mapped=("11.9.9.9", 4001), how="upnp"), "mapped", "lets others in (upnp)", ""),
@@ -83,6 +84,10 @@ def test_the_table(facts: Facts, kind: str, sentence: str, advice: str):
     assert said.exit_code == (6 if kind == "cut-off" else 0)
 
 
+def test_a_coordinator_that_relays_is_a_relay():
+    assert "no relay" not in " ".join(verdict(home(attrs.evolve(HARD[0], relays=True))).advice)
+
+
 def test_who_is_reachable_gets_no_advice():
     for facts, kind, _, advice in TABLE:
         if kind in ("open", "mapped"):
@@ -106,6 +111,7 @@ observers = st.builds(
     Observer,
     st.just("x"),
     st.sampled_from(["coordinator", "relay"]),
+    st.booleans(),
     st.none() | st.sampled_from([("11.0.0.1", 443), ("11.0.0.1", 4321)]),
     st.none() | st.just(0.1),
     seen=maybe,

@@ -13,7 +13,8 @@ import trio
 from p2pgrid.errors import BadFrame
 from p2pgrid.hole_punch import calling as module
 from p2pgrid.hole_punch.bulk import Link, Links, Way, open_links
-from p2pgrid.hole_punch.calling import MAGIC, TOKEN, Calling, open_calling
+from p2pgrid.hole_punch.calling import Calling, open_calling
+from p2pgrid.hole_punch.calling_messages import MAGIC, TOKEN
 from p2pgrid.hole_punch.path import to_multiaddr
 from tests.memory_network import open_world
 
