@@ -129,6 +129,7 @@ def _set_up(
             "Network",
             "exchange chunks with members of the grid and nobody else; the VMs get no network at all",
         ),
+        ("Router", "ask it to let members reach this node; p2pnode prefs port_mapping=off ends that"),
         *(("Origin", f"ask {parse_origin(url).shown} for disks where no peer helps") for url in origins),
         ("Leave", "p2pnode leave, at any time"),
     ]
