@@ -259,7 +259,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
         nursery.start_soon(node.keep_announcing)
         nursery.start_soon(keep_rules, node)
         nursery.start_soon(keep_relaying, node)
-        nursery.start_soon(keep_paths, exchange.links, host.me)
+        nursery.start_soon(keep_paths, node.outlook)
         nursery.start_soon(keep_membership, node)
         nursery.start_soon(keep_standing, node)
         if "worker" in roles:

@@ -1,16 +1,15 @@
-"""Have links follow the network: punched where they are relayed, doubted and punched anew when it changes."""
+"""Have links punched where they are relayed, and again whenever the network has changed."""
 
 from __future__ import annotations
 
-from p2pgrid.hole_punch.bulk import Links
-from p2pgrid.hole_punch.netwatch import open_netwatch
+import trio
+
 from p2pgrid.hole_punch.punching import open_punching
-from p2pgrid.ids import PeerId
+from p2pgrid.node.outlook import Outlook
 
 
-async def keep_paths(links: Links, me: PeerId) -> None:
+async def keep_paths(outlook: Outlook) -> None:
     """For ever."""
-    async with open_punching(links, me) as puncher, open_netwatch() as changes:
-        async for _ in changes:  # another address, another router, or we have slept
-            links.doubt()
-            puncher.look(anew=True)
+    async with open_punching(outlook.links, outlook.me) as puncher:
+        outlook.changed.append(lambda _: puncher.look(anew=True))
+        await trio.sleep_forever()
