@@ -408,6 +408,7 @@ def _row(view: m.NodeView) -> dict[str, Any]:
         "slots": view.total.slots,
         "holds": view.holds,
         "status": view.status,
+        "addresses": list(view.addresses),
     }
 
 
