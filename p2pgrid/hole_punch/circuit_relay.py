@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Never
 
@@ -213,12 +213,16 @@ async def _reserve(network: Host, relay: PeerId) -> tuple[object, float]:
         told = [str(Multiaddr(address)) for address in answer.reservation.addrs[:ADDRESSES_MAX]]
     except TROUBLE as trouble:
         raise Unreachable(who=relay, why=f"no reservation: {reason(trouble)}") from None
-    direct = [plain for address in told or network.addresses_of(relay) if (plain := bare(address))]
-    network.circuits[relay] = tuple(f"{a}/p2p/{relay}/p2p-circuit" for a in direct if not relay_of(a))
+    direct = _direct(told) or _direct(network.addresses_of(relay))  # some tell those of the internet only
+    network.circuits[relay] = tuple(f"{address}/p2p/{relay}/p2p-circuit" for address in direct)
     life: float = min(
         max(answer.reservation.expire - time.time(), LIFE_MIN), LIFE_MAX
     )  # clocks need not agree
     return connection, trio.current_time() + RENEWED * life
+
+
+def _direct(addresses: Iterable[str]) -> list[str]:
+    return [plain for address in addresses if (plain := bare(address)) and not relay_of(plain)]
 
 
 async def _called(network: Host, stream: Any) -> None:

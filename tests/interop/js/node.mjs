@@ -133,20 +133,9 @@ const ops = {
     return found
   },
 
-  // Whom the routing table holds.
-  table: async () => {
-    const peers = []
-    for (const peer of node.services.dht.routingTable.kb.toIterable()) peers.push(peer.peerId.toString())
-    return peers
-  },
-
-  reservations: async () => [...node.services.relay.reservations.keys()].map(String),
-
   connections: async () => node.getConnections().map((c) => ({
     peer: c.remotePeer.toString(), address: c.remoteAddr.toString(), limited: c.limits != null
-  })),
-
-  hangUp: async ({ peer }) => await node.hangUp(where(peer), inTime())
+  }))
 }
 
 async function all (stream) {
