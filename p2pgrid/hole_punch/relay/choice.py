@@ -59,6 +59,10 @@ class Choice:
     def worked(self, relay: PeerId) -> None:
         self._rests.pop(relay, None)
 
+    def let_go(self, relay: PeerId) -> None:
+        """It is not used any more, and did nothing wrong."""
+        self.held.pop(relay, None)
+
     def failed(self, relay: PeerId, now: float) -> None:
         """It did not answer, said no, or is gone."""
         self.held.pop(relay, None)

@@ -224,10 +224,14 @@ class Relays:
         finally:
             del self._ends[relay]
             self.held.pop(relay, None)
-            self._choice.failed(relay, trio.current_time())
+            if end.why == NOT_NEEDED:
+                self._choice.let_go(relay)
+            else:
+                self._choice.failed(relay, trio.current_time())
             self._tell()
             self._news.set()
-        self._remember(relay, None, end.why)
+        if end.why != NOT_NEEDED:
+            self._remember(relay, None, end.why)
 
     def _end(self, relay: PeerId, why: str) -> None:
         if relay in self._ends:
@@ -237,11 +241,14 @@ class Relays:
         """Have others told how we are reached, nearest relay first."""
         near = sorted(self.held.values(), key=lambda held: held.delay)
         self._links.circuits[:] = [held.circuit for held in near]
+        self._change()
+
+    def _change(self) -> None:
         before, self._changed = self._changed, trio.Event()
         before.set()
 
     async def changed(self) -> None:
-        """Wait until we are reached in another way than now."""
+        """Wait until we are reached in another way than now, or lost something."""
         await self._changed.wait()
 
     # --- circuits ---------------------------------------------------------------------------
@@ -366,6 +373,7 @@ class Relays:
 
     def _remember(self, relay: PeerId, peer: PeerId | None, why: str) -> None:
         self.lately.append(Lost(relay, peer, why, trio.current_time()))
+        self._change()
         log.info("not through this relay", relay=relay, to=peer or "us", why=why)
 
 

@@ -17,6 +17,7 @@ import os
 import resource
 import secrets
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -118,7 +119,9 @@ class RelayService:
         self._links: dict[PeerId, Carrier] = {}
         self._lines: dict[int, socket.socket] = {}
         self._line = 0
-        self._stopped = False
+        self._stopped = self._over = False
+        self._last = threading.Lock()
+        """Held by who clears up: the thread itself, or who comes after it."""
         self._bytes = self._lately = 0
         self._looked = self._rate_now = 0.0
         self._refused: Counter[str] = Counter()
@@ -183,6 +186,8 @@ class RelayService:
         self._inbox.append(call)
         with contextlib.suppress(OSError):  # full of the like already, or over
             self._waker.send(b"\0")
+        if self._over:
+            self._clear()
 
     # --- the thread -------------------------------------------------------------------------
 
@@ -205,10 +210,10 @@ class RelayService:
                 if self._board.deadline <= time.monotonic():
                     self._step(Tick())
         finally:
-            while self._inbox:  # connections may wait there
-                self._inbox.popleft()()
             self._step(Closed("the node stops"))
             self._splicer.close()
+            self._over = True
+            self._clear()
             self._woken.close()
             self._waker.close()
 
@@ -221,7 +226,15 @@ class RelayService:
             self._lately, self._looked = 0, now
         return min(PAUSE, 2 * SMALL / self._rate_now) if 0 < moved < SMALL and self._rate_now > BUSY else 0.0
 
+    def _clear(self) -> None:
+        """Nothing is relayed any more: hang up on connections that come all the same."""
+        with self._last, contextlib.suppress(IndexError):
+            while True:
+                self._inbox.popleft()()
+
     def _open(self, limits: Limits) -> None:
+        if self._over:
+            return
         self._rate.rate = limits.rate
         self._splicer.cap(limits.rate_each)
         self._step(Opened(limits))
