@@ -134,11 +134,14 @@ async def open_mapping(
             yield mapping
             nursery.cancel_scope.cancel()
     finally:
+        held = machine.address is not None
         with trio.CancelScope(deadline=trio.current_time() + RELEASE_PATIENCE, shield=True):
             for effect in machine.step(Left(), trio.current_time()):
                 match effect:
-                    case Ask(data):
+                    case Ask(data) if held:
                         await line.insist(data)
+                    case Ask(data):  # what was asked for and not answered: it may have been granted
+                        await line.send(data)
                     case ReleaseUpnp(external):
                         await upnp.release(external)
         line.close()
