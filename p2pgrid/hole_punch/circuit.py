@@ -11,6 +11,7 @@ py-libp2p's own relay is not used: see decision 0016.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -136,7 +137,8 @@ async def splice(one: Any, other: Any, data: int, duration: float) -> None:
     finally:
         with trio.CancelScope(shield=True):
             for stream in (one, other):
-                await (stream.close() if whole else stream.reset())
+                with suppress(*TROUBLE):
+                    await (stream.close() if whole else stream.reset())
 
 
 async def _carry(source: Any, target: Any, data: int) -> None:
