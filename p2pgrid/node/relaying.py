@@ -36,12 +36,21 @@ async def keep_relaying(node: Node) -> None:
     node.relay_prefs = RelayPrefs.load(node.home)
     _learn(node, {node.grid: ()})  # until the coordinator tells of others
     done: object = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_tell_how_reached, node, node.relaying)
+        while True:
+            wanted = _wanted(node)
+            if wanted != done:
+                _apply(node, node.relaying, wanted)
+                done = wanted
+            await trio.sleep(LOOK)
+
+
+async def _tell_how_reached(node: Node, relaying: Relaying) -> None:
+    """Members hear at once through which relays this node is reached, not with the next beat."""
     while True:
-        wanted = _wanted(node)
-        if wanted != done:
-            _apply(node, node.relaying, wanted)
-            done = wanted
-        await trio.sleep(LOOK)
+        await relaying.relays.changed()
+        node.tell()
 
 
 def _wanted(node: Node) -> Limits | str:
