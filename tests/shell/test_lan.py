@@ -11,12 +11,14 @@ import attrs
 import pytest
 import trio
 
-from p2pgrid.errors import Conflict
+from p2pgrid.errors import Conflict, Unreachable
 from p2pgrid.hole_punch.bulk import Links, open_links
 from p2pgrid.hole_punch.lan import packets as p
-from p2pgrid.hole_punch.lan.lan import PENDING_MAX, Lan, open_lan
+from p2pgrid.hole_punch.lan.lan import DIALS_MAX, PENDING_MAX, Lan, open_lan
 from p2pgrid.hole_punch.lan.port import WAITING_MAX
 from p2pgrid.hole_punch.lan.segment import FRAME_MAX, Segment, mac_of
+from p2pgrid.hole_punch.link import Link, Receive
+from p2pgrid.hole_punch.reactor import Reactor
 from p2pgrid.ids import PeerId
 from tests.memory_network import MemoryWorld, open_world
 
@@ -144,7 +146,7 @@ async def test_who_is_new_is_asked_about_and_then_heard():
 
 
 async def test_a_node_of_another_group_is_not_heard():
-    async with open_pair() as (a, one, b, _), b.guest(0, Segment("other", (0, 1))) as eve:
+    async with open_pair() as (a, _, b, _), b.guest(0, Segment("other", (0, 1))) as eve:
         b.lan.set_members("other", {a.me: [1]})
         await eve.send(frame(p.BROADCAST, 0), frame(1, 0))
         async with a.guest(1, Segment("other", (0, 1))):
@@ -208,3 +210,35 @@ async def test_noise_from_a_peer_costs_it_the_link():
         while await two.receive() != frame(1, 0, b"again"):
             pass
         assert a.links.live()
+
+
+async def test_links_to_many_are_made_a_few_at_a_time(autojump_clock):
+    dialled: list[PeerId] = []
+
+    class Slow:
+        """Links that are never made; only who asks for them counts."""
+
+        def __init__(self) -> None:
+            self._reactor = Reactor()
+
+        def serve(self, kinds: range, receive: Receive) -> None:
+            pass
+
+        async def link(self, peer: PeerId) -> Link:
+            dialled.append(peer)
+            await trio.sleep(10)
+            raise Unreachable(who=peer, why="it is slow")
+
+        def reactor(self) -> Reactor:
+            return self._reactor
+
+    links, many = Slow(), Segment("job1", tuple(range(101)))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, links.reactor().run)
+        async with open_lan(links, lambda group: None) as lan, lan.plug(many, 100):
+            lan.set_members("job1", {PeerId(f"p{n}"): [n] for n in range(100)})
+            await trio.sleep(1)
+            assert len(dialled) == DIALS_MAX
+            await trio.sleep(100)
+            assert len(dialled) == len(set(dialled)) == 100
+        links.reactor().stop()

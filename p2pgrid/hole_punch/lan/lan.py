@@ -43,6 +43,8 @@ takes a second for.  Disks' chunks are counted, too, though frames overtake them
 """
 PENDING_MAX = 16 * 1024
 """Bytes of frames that wait for a link to be made."""
+DIALS_MAX = 16
+"""Links that are being made at once, however many others there are when a guest is plugged in."""
 RETRY = 5.0
 """Seconds after which a peer that was not reached is tried again, if there is something for it."""
 
@@ -82,6 +84,7 @@ class Lan:
         """For peers to whom a link is being made: heads and frames of messages."""
         self._failed: dict[PeerId, float] = {}
         """When peers were last not reached."""
+        self._dials = trio.CapacityLimiter(DIALS_MAX)
         self._lock = threading.Lock()
         """Of `_roads`, `_pending` and `_failed`."""
         links.serve(messages.KINDS, self._receive)
@@ -209,7 +212,8 @@ class Lan:
         """Have a link to `peer`, and send what waits for it."""
         link: Link | None = None
         try:
-            link = await self._links.link(peer)
+            async with self._dials:
+                link = await self._links.link(peer)
         except Unreachable as away:
             log.info("no link to a node of the same LAN", peer=peer, why=away.why)
         finally:
