@@ -27,6 +27,7 @@ from p2pgrid.dht.shelf import Shelf
 from p2pgrid.errors import BadObject, ChunkCorrupt, GridError, Misused, NotFound, Refused
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.node.node import OWN, STALL_PATIENCE, Node, Running
+from p2pgrid.node.proxy.guests import open_guest
 from p2pgrid.node.room import INPUTS_MAX, check_fits, check_inputs, reservation
 from p2pgrid.node.speed import FetchNote
 from p2pgrid.scheduler import messages as m
@@ -169,7 +170,8 @@ def _lan(node: Node, grant: m.Grant) -> AbstractAsyncContextManager[Cable | None
     if not grant.spec.lan:
         return contextlib.nullcontext()
     assert node.lans is not None
-    return node.lans.plug(grant)
+    assert node.proxy is not None
+    return open_guest(node.proxy, node.lans, grant)
 
 
 def _pack(node: Node, results: Path, console: Path) -> tuple[ResultTree, str]:

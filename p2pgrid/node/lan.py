@@ -17,6 +17,7 @@ import trio
 from p2pgrid.errors import GridError
 from p2pgrid.hole_punch.lan.lan import Lan, Roads, open_lan
 from p2pgrid.hole_punch.lan.segment import MTU, Segment, mac_of, text_of_mac
+from p2pgrid.hole_punch.lan.uplink import Accepted
 from p2pgrid.ids import PeerId
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.client import Calls
@@ -50,13 +51,13 @@ class Lans:
             self._strange[group].set()
 
     @contextlib.asynccontextmanager
-    async def plug(self, grant: m.Grant) -> AsyncIterator[Cable]:
-        """The cable for the guest of `grant`, while inside."""
+    async def plug(self, grant: m.Grant, accepted: Accepted | None = None) -> AsyncIterator[Cable]:
+        """The cable for the guest of `grant`, while inside; `accepted` takes its connections to this node."""
         segment = Segment(grant.job, grant.spec.array)
         place = segment.place(grant.index)
         assert place is not None
         try:
-            async with self.lan.plug(segment, place) as far, trio.open_nursery() as nursery:
+            async with self.lan.plug(segment, place, accepted) as far, trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_members, segment)
                 yield Cable(socket=far, mac=text_of_mac(mac_of(place)), mtu=MTU)
                 nursery.cancel_scope.cancel()

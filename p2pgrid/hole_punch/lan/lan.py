@@ -30,7 +30,8 @@ from p2pgrid.hole_punch.lan import messages
 from p2pgrid.hole_punch.lan.messages import Frames, Knock
 from p2pgrid.hole_punch.lan.port import BUFFER, Port
 from p2pgrid.hole_punch.lan.segment import Segment
-from p2pgrid.hole_punch.lan.switch import Delivery, Switch, Way
+from p2pgrid.hole_punch.lan.switch import Delivery, Switch, Up, Way
+from p2pgrid.hole_punch.lan.uplink import Accepted, Uplink
 from p2pgrid.hole_punch.link import Link, Receive, Receiver
 from p2pgrid.hole_punch.reactor import Reactor
 from p2pgrid.ids import PeerId
@@ -63,6 +64,7 @@ class _Group:
 
     switch: Switch
     ports: dict[int, Port] = attrs.field(factory=dict)
+    uplinks: dict[int, Uplink] = attrs.field(factory=dict)
     lock: threading.Lock = attrs.field(factory=threading.Lock)
     wondering: bool = False
     """Whether somebody spoke who is not known, and nothing was told of members since."""
@@ -118,10 +120,13 @@ class Lan:
             self._send(peer, messages.head(Knock, at.switch.segment.number), [])
 
     @contextlib.asynccontextmanager
-    async def plug(self, segment: Segment, place: int) -> AsyncIterator[socket.socket]:
+    async def plug(
+        self, segment: Segment, place: int, accepted: Accepted | None = None
+    ) -> AsyncIterator[socket.socket]:
         """A cable for the guest at `place` while inside; its far end, for the hypervisor.
 
-        A frame on it is `length u32, frame`, as QEMU's stream has it.  Raises `Conflict`.
+        A frame on it is `length u32, frame`, as QEMU's stream has it.  `accepted` takes the connections that
+        the guest makes to its node; `uplink` makes some to the guest.  Raises `Conflict`.
         """
         at = self._groups.get(segment.group)
         if at is None:
@@ -136,12 +141,16 @@ class Lan:
             reactor.call,
             lambda: self._token.run_sync_soon(gone.set),
         )
+        if accepted is not None:
+            at.uplinks[place] = Uplink(place, port.put, reactor.call, accepted)
         with at.lock:
             at.switch.attach(place)
         reactor.call(port)
         try:
             yield far
         finally:
+            if (uplink := at.uplinks.pop(place, None)) is not None:
+                uplink.close()
             port.close()
             far.close()
             with trio.CancelScope(shield=True):
@@ -153,6 +162,15 @@ class Lan:
                 del self._groups[segment.group], self._numbers[segment.number]
             if not self._groups:
                 self._failed.clear()
+
+    def uplink(self, group: str, place: int) -> Uplink:
+        """This node as the guest at `place` sees it."""
+        return self._groups[group].uplinks[place]
+
+    def name_of(self, group: str, ip: bytes) -> str | None:
+        """The name beyond the LAN to which this address was given."""
+        at = self._groups.get(group)
+        return None if at is None else at.switch.aliases.name_of(ip)
 
     # --- frames, in the reactors' threads -------------------------------------------------------
 
@@ -171,7 +189,10 @@ class Lan:
         return taken
 
     def _deliver(self, at: _Group, way: Way, pieces: list[bytes]) -> None:
-        if isinstance(way, int):
+        if isinstance(way, Up):
+            if (uplink := at.uplinks.get(way.place)) is not None:
+                uplink.frames(b"".join(pieces))
+        elif isinstance(way, int):
             port = at.ports.get(way)
             if port is None or not port.put(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
                 self._count(at, "the guest does not read")

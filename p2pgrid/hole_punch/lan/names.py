@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 
+from p2pgrid.hole_punch.lan.aliases import Aliases, is_name
 from p2pgrid.hole_punch.lan.packets import Datagram
 from p2pgrid.hole_punch.lan.segment import SERVER_IP, Segment
 
@@ -24,7 +25,7 @@ QUESTION = b"\xc0\x0c"
 """The name in the question, by its place in the message."""
 
 
-def answer(segment: Segment, asked: Datagram) -> Datagram | None:
+def answer(segment: Segment, asked: Datagram, aliases: Aliases | None = None) -> Datagram | None:
     """The reply to a query; None where it is none that could be replied to."""
     data = asked.data
     if len(data) < HEADER.size:
@@ -39,7 +40,7 @@ def answer(segment: Segment, asked: Datagram) -> Datagram | None:
     code, records = NOT_IMPLEMENTED, b""
     count = 0
     if not flags & OPCODE:
-        code, found = _find(segment, name, kind if class_ in (IN, ANY) else 0)
+        code, found = _find(segment, name, kind if class_ in (IN, ANY) else 0, aliases)
         if found is not None:
             real, value = found
             records = QUESTION + struct.pack("!HHIH", real, IN, TTL, len(value)) + value
@@ -49,7 +50,9 @@ def answer(segment: Segment, asked: Datagram) -> Datagram | None:
     return Datagram(SERVER_IP, PORT, asked.source, asked.source_port, reply)
 
 
-def _find(segment: Segment, name: str, kind: int) -> tuple[int, tuple[int, bytes] | None]:
+def _find(
+    segment: Segment, name: str, kind: int, aliases: Aliases | None
+) -> tuple[int, tuple[int, bytes] | None]:
     """The response code, and the kind and value of the one record there is."""
     if name.endswith(REVERSE):
         parts = name.removesuffix(REVERSE).split(".")
@@ -59,11 +62,13 @@ def _find(segment: Segment, name: str, kind: int) -> tuple[int, tuple[int, bytes
         if of is None:
             return NO_SUCH_NAME, None
         return NO_ERROR, (PTR, _labels(of)) if kind in (PTR, ANY) else None
-    if not name.endswith("." + segment.domain):
-        return (NO_ERROR if name == segment.domain else NO_SUCH_NAME), None
-    ip = segment.address(name)
+    ip = segment.address(name) if name.endswith("." + segment.domain) else None
+    if ip is None and aliases is not None and kind == A and not name.startswith("task"):
+        ip = aliases.ip_of(name)  # beyond the LAN, or a port of one of its guests
+    if ip is None and aliases is not None and is_name(name) and not name.startswith("task"):
+        return NO_ERROR, None  # it is asked for a kind of address that it has not
     if ip is None:
-        return NO_SUCH_NAME, None
+        return (NO_ERROR if name == segment.domain else NO_SUCH_NAME), None
     return NO_ERROR, (A, ip) if kind in (A, ANY) else None
 
 

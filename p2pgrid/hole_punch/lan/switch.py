@@ -30,6 +30,7 @@ import attrs
 from p2pgrid.errors import BadFrame
 from p2pgrid.hole_punch.lan import dhcp, names
 from p2pgrid.hole_punch.lan import packets as p
+from p2pgrid.hole_punch.lan.aliases import Aliases, is_alias
 from p2pgrid.hole_punch.lan.segment import (
     FRAME_MAX,
     FRAME_MIN,
@@ -42,11 +43,20 @@ from p2pgrid.hole_punch.lan.segment import (
 )
 from p2pgrid.ids import PeerId
 
-Way = int | PeerId
-"""A guest here, by its place; or the node to which a link leads."""
+
+@attrs.frozen
+class Up:
+    """The node itself, where it is the other end of a connection of the guest at this place."""
+
+    place: int
+
+
+Way = int | PeerId | Up
+"""A guest here, by its place; the node to which a link leads; or this one."""
 Delivery = tuple[Way, bytes]
 """Frames, each after its length, that go one way."""
 
+TCP = 6
 LENGTH = struct.Struct("!I")
 LENGTH_MAX = 4096 + 65536
 """Bytes that QEMU may write as one frame (its NET_BUFSIZE); with more, what comes is out of step."""
@@ -85,6 +95,8 @@ class Switch:
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
+        self.aliases = Aliases()
+        """What lies beyond the LAN."""
         self.counts: Counter[str] = Counter()
         """Frames that were passed on, by "forwarded" and "flooded"; "answered"; and dropped, by why."""
         self._guests: set[int] = set()
@@ -238,7 +250,8 @@ class Switch:
         asked = place_of_ip(arp.wanted_ip)
         if here and asked == place:
             return []  # of its own address all others know, and nobody else has it
-        if here and arp.operation == p.REQUEST and (asked is not None or arp.wanted_ip == SERVER_IP):
+        mine = arp.wanted_ip == SERVER_IP or is_alias(arp.wanted_ip)
+        if here and arp.operation == p.REQUEST and (asked is not None or mine):
             if not self._may_ask(place, now):
                 return self._drop("asked too much")
             if asked is not None and self._owner(asked) is None:
@@ -256,13 +269,16 @@ class Switch:
         mine = to == SERVER_MAC
         if not mine and not (to == p.BROADCAST and kind == p.IPV4):
             return None
+        if mine and kind == p.IPV4 and len(frame) > HEAD + 9 and frame[HEAD + 9] == TCP:
+            self.counts["forwarded"] += 1
+            return [(Up(place), _whole(frame))]
         asked = p.read_datagram(frame[HEAD:]) if kind == p.IPV4 else None
         answer = None
         if asked is not None and asked.port == dhcp.SERVER_PORT and asked.source_port == dhcp.CLIENT_PORT:
             mine = True
             answer = dhcp.answer(self.segment, place, asked) if self._may_ask(place, now) else None
         elif mine and asked is not None and (asked.to, asked.port) == (SERVER_IP, names.PORT):
-            answer = names.answer(self.segment, asked) if self._may_ask(place, now) else None
+            answer = names.answer(self.segment, asked, self.aliases) if self._may_ask(place, now) else None
         if answer is not None:
             return self._answer(place, p.IPV4, answer.encode())
         return self._drop("asked in vain") if mine else None
