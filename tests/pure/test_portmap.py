@@ -344,7 +344,54 @@ def test_whatever_happened_a_good_gateway_maps(history, way: str):
     assert not gateway.table
 
 
-@given(st.floats(0, 1e6), st.floats(0, 1e5), st.integers(-2, 2))
+@given(
+    st.sampled_from([PCP, PMP, UPNP]),
+    st.lists(st.tuples(st.floats(0.1, 2000), st.sampled_from(["", "restart", "away", "back"])), max_size=30),
+    st.randoms(use_true_random=False),
+    st.sampled_from([0.0, 0.3, 0.7]),
+)
+def test_through_loss_and_restarts_no_address_is_told_longer_than_it_was_granted(way, history, rng, loss):
+    """And in the end, when nothing is lost any more, there is one."""
+    gateway, now, granted = Gateway(frozenset([way])), 0.0, -math.inf
+    machine, there = Mapper(PORT, NONCE), True
+
+    def answer(effects) -> None:
+        nonlocal granted
+        while effects:
+            effect, *effects = effects
+            heard = gateway.hear(effect, now) if there and rng.random() >= loss else None
+            if isinstance(effect, AskUpnp) and heard is None:
+                heard = UpnpFailed("no answer")
+            if heard is not None and (rng.random() >= loss or way == UPNP):
+                effects = [*effects, *machine.step(heard, now)]
+                if not isinstance(heard, UpnpFailed):
+                    granted = now
+            machine.check()
+
+    def run(until: float) -> None:
+        nonlocal now
+        while machine.deadline <= until:
+            now = max(now, machine.deadline)
+            answer(machine.step(Tick(), now))
+            assert machine.deadline > now
+            assert machine.address is None or now < granted + LIFETIME
+        now = until
+
+    answer(machine.step(Placed(HOME), now))
+    for pause, what in history:
+        run(now + pause)
+        there = {"away": False, "back": True}.get(what, there)
+        if what == "restart":
+            gateway.restart(now)
+    there, loss = True, 0.0
+    answer(machine.step(Placed(HOME), now))
+    run(now + LIFETIME + 30)
+    assert machine.how == way
+    assert machine.address is not None
+    assert list(gateway.table) == [machine.address[1]]
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e5), st.integers(-1, 1))
 def test_a_gateway_whose_clock_is_right_has_forgotten_nothing(uptime: float, pause: float, jitter: int):
     then = (int(uptime), 0.0)
     later = max(0, int(uptime + pause) + jitter)
