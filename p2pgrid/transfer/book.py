@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from p2pgrid.ids import PeerId
 from p2pgrid.transfer.events import Ask, Effect, Withdraw
 from p2pgrid.transfer.near import Near
+from p2pgrid.transfer.pace import slack
 from p2pgrid.transfer.partner import Alarms, Partner
 from p2pgrid.transfer.rarity import BLOCK, Chance, Rarity
 
@@ -50,6 +51,8 @@ class Book:
         self.doubled = 0
         """Bytes of them, those that are here by now included."""
         self.doubled_max = _doubled_max(lengths)
+        self._usual = _usual(lengths)
+        """Bytes of a chunk."""
         self.typical = math.inf
         """Seconds from an ask to its chunk, over all peers."""
         self.effects: list[Effect] = []
@@ -60,6 +63,7 @@ class Book:
         """There are more chunks, which nobody has as far as we know."""
         self.lengths = (*self.lengths, *lengths)
         self.doubled_max = _doubled_max(self.lengths)
+        self._usual = _usual(self.lengths)
         for block, bits in enumerate(self.rarity.grow(len(self.lengths))):
             if bits:
                 self.released |= 1 << block
@@ -67,6 +71,13 @@ class Book:
             peer.have += [0] * (-(-len(self.lengths) // BLOCK) - len(peer.have))
             peer.whole = False
         self.near = Near(self._me, len(self.lengths))
+
+    def slacken(self) -> None:
+        """Have asked of each peer what it may have now: less near the end."""
+        rate = sum(peer.pace.rate for peer in self.peers.values() if not peer.stalls)
+        now = slack(self.rarity.missing * self._usual, rate)
+        for peer in self.peers.values():
+            peer.pace.slack = now
 
     def count(self, peer: Partner) -> None:
         """Count what an answering peer has."""
@@ -130,6 +141,10 @@ class Book:
         if peer.pace.rate:
             return peer.pace.expected(size)
         return self.typical if self.typical < math.inf else USUAL
+
+
+def _usual(lengths: Sequence[int]) -> int:
+    return sum(lengths) // max(1, len(lengths))
 
 
 def _doubled_max(lengths: Sequence[int]) -> int:

@@ -31,6 +31,7 @@ class Feeding:
                 peer.useful |= book.released
             book.released = 0
             book.tries.update(book.idle)
+        book.slacken()
         tries, book.tries = book.tries, {}
         for peer in sorted(
             tries.values(), key=lambda p: (p.stalls, not p.near, p.whole, -p.pace.rate, p.order)

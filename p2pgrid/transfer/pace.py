@@ -5,6 +5,10 @@ smoothed over about `SMOOTHING` seconds.  The window is what it brings in one ro
 `SLACK` seconds more, so that it is never idle while our next ask travels, and no slow peer
 sits on many chunks.  While the window is what bounds the rate, every round trip makes it
 larger by the slack: it grows by itself until the peer's own speed bounds it.
+
+Near the end the slack is `ENDING` of the time that all peers together need for the rest, so that
+whoever turns out to be faster finds something left (as loops are shared out among processors:
+guided self-scheduling, Polychronopoulos and Kuck, 1987).
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ import math
 import attrs
 
 SLACK = 0.5
+SLACK_MIN = 0.1
+"""Seconds, two of the moments in which reports are gathered: no peer runs dry between two asks."""
+ENDING = 0.5
 SMOOTHING = 1.0
 SAMPLE = 0.05
 """Seconds of busy time that make a measurement; arrivals come in bursts."""
-CHUNKS_MIN, CHUNKS_MAX = 2, 64
-"""Chunks outstanding at one peer.  Two: one on its way while the next is asked."""
+CHUNKS_MAX = 64
+"""Chunks outstanding at one peer."""
 LIGHT = 512 << 10
 """Bytes outstanding at one peer up to which it may be any number of chunks: those of an update have a
 kilobyte each, and 64 of them would be one round trip after another."""
@@ -36,6 +43,7 @@ class Pace:
     """Bytes per second; 0 while nothing was measured."""
     latency: float = math.inf
     """The least seconds there were from an ask to its chunk."""
+    slack: float = SLACK
     measured_from: float = 0.0
     measured_bytes: int = 0
 
@@ -57,8 +65,8 @@ class Pace:
 
     @property
     def window(self) -> int:
-        """Bytes to have outstanding, if they are at least `CHUNKS_MIN` chunks."""
-        return min(BYTES_MAX, int(self.rate * (self.latency + SLACK))) if self.rate else 0
+        """Bytes to have outstanding."""
+        return min(BYTES_MAX, int(self.rate * (self.latency + self.slack))) if self.rate else 0
 
     def expected(self, size: int) -> float:
         """Seconds until the last of `size` outstanding bytes is here; `inf` while not measured."""
@@ -67,3 +75,8 @@ class Pace:
     def wait(self, size: int, patience: float) -> float:
         """Seconds to wait for a chunk of `size` bytes before the peer counts as stalled."""
         return min(max(4 * self.expected(size), WAIT_MIN), max(patience, WAIT_MIN))
+
+
+def slack(missing: int, rate: float) -> float:
+    """The slack while so many bytes are missing, which all peers together bring at `rate`."""
+    return max(SLACK_MIN, min(SLACK, ENDING * missing / rate)) if rate else SLACK

@@ -7,12 +7,12 @@ import random
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from p2pgrid.ids import PeerId
 from p2pgrid.machine import Tick
-from p2pgrid.transfer.pace import CHUNKS_MAX, LIGHT
+from p2pgrid.transfer.pace import CHUNKS_MAX, LIGHT, SLACK, SLACK_MIN, slack
 from p2pgrid.transfer.partner import REFUSALS_MAX
 from p2pgrid.transfer.swarm import (
     Arrived,
@@ -344,6 +344,34 @@ def test_the_window_grows_with_the_pace():
         widest = max(widest, len(queue))
     assert swarm.complete
     assert widest == CHUNKS_MAX
+
+
+def test_near_the_end_every_peer_is_asked_for_little():
+    """Whoever turns out to be slower than it was leaves something for the others."""
+    swarm, size, now = swarm_of(256, size=64 << 10), 64 << 10, 0.0
+    queues: dict[str, list[int]] = {"ann": [], "bob": []}
+
+    def take_in(effects: list) -> None:
+        for peer, index in asks(effects):
+            queues[peer].append(index)
+
+    for peer in queues:
+        take_in(swarm.step(Joined(peer, bitmap(range(256), 256)), now))
+    longest: dict[int, int] = {}
+    while any(queues.values()):
+        now += size / 5e6  # each brings 5 MB/s
+        for peer, queue in queues.items():
+            if queue:
+                take_in(swarm.step(Arrived(peer, queue.pop(0), size), now))
+        longest[swarm.missing] = max(map(len, queues.values()))
+    assert swarm.complete
+    assert max(longest.values()) > 25
+    assert max(count for left, count in longest.items() if 16 < left < 24) < 10
+
+
+@given(missing=st.integers(0, 1 << 40), more=st.integers(0, 1 << 40), rate=st.floats(0, 1e10))
+def test_slack_shrinks_with_what_is_missing_and_never_to_nothing(missing: int, more: int, rate: float):
+    assert SLACK_MIN <= slack(missing, rate) <= slack(missing + more, rate) <= SLACK
 
 
 def test_a_silent_peer_is_left_for_an_answering_one():
