@@ -102,6 +102,11 @@ class Company:
         """How many peers may have something."""
         return len(self._contacts)
 
+    @property
+    def unheard(self) -> bool:
+        """Whether somebody has yet to say what it has: perhaps nothing, then it says nothing."""
+        return any(c.want is not None and not c.want.shown for c in self._contacts.values())
+
     def sessions(self) -> list[Session]:
         return [c.session for c in self._contacts.values() if c.session is not None and not c.shunned]
 
@@ -135,6 +140,9 @@ class Company:
     def meet(self, peers: Iterable[tuple[PeerId, tuple[str, ...]]]) -> None:
         """A peer says that these may have something, and where they are."""
         for peer, addresses in peers:
+            contact = self._contacts.get(peer)
+            if contact is not None and contact.session is not None:
+                continue  # and learnt from itself where it is
             if self._searching.allowed(peer) and len(self._contacts) < HEARD_MAX:
                 self._searching.learn(peer, addresses)
                 self.hint([peer])

@@ -288,6 +288,9 @@ class Download:
     def peers(self) -> list[PeerId]:
         return [session.peer for session in self.company.sessions()]
 
+    def unheard(self) -> bool:
+        return self.company.unheard
+
     def brought(self) -> int:
         return sum(count for peer, count in self._bytes_by_peer.items() if not is_origin(peer))
 

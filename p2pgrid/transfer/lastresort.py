@@ -38,7 +38,7 @@ from p2pgrid.transfer.session import Wanter
 from p2pgrid.transfer.swarm import Arrived, Swarm
 
 GRACE = 3.0
-"""Seconds that peers get to be found and to say what they have."""
+"""Seconds that peers get to be found; and those that are, to say what they have of a pack."""
 LOOK = 0.5
 """Seconds between two looks at what is lacking, and a second more for each `LOOK_COST` chunks."""
 LOOK_COST = 50_000
@@ -70,6 +70,10 @@ class Needy(Protocol):
 
     def peers(self) -> list[PeerId]:
         """Who is connected."""
+        ...
+
+    def unheard(self) -> bool:
+        """Whether somebody who is connected has yet to say what it has."""
         ...
 
     def brought(self) -> int:
@@ -131,6 +135,7 @@ class LastResort:
         self._added = trio.Event()
         self._slowness = Slowness()
         self._shelf: Shelf | None = None
+        self._hear_until = -math.inf
         self._offsets: Sequence[int] = ()
         self._left = array("I")
         self._look_at = -math.inf
@@ -264,8 +269,12 @@ class LastResort:
         shelf, swarm = lacking
         if shelf is not self._shelf:
             self._shelf, self._offsets = shelf, shelf.frames.offsets()
+            self._hear_until = now + GRACE
+            self._left = array("I")
             for course in self._courses.values():
                 course.wrong.clear()
+        if now < self._hear_until and self._needy.unheard():
+            return  # of this pack: a parent may have come before, or objects for long
         count = len(shelf.frames.lengths)
         if self._slowness.look(now, self._needy.brought(), shelf.size * swarm.missing // max(1, count)):
             lost: Collection[int] = range(count)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from pathlib import Path
 
 import pytest
 import trio
 
 from p2pgrid.dht.export import export_datum
+from p2pgrid.dht.shelf import Shelf
 from p2pgrid.dht.store import Store
+from p2pgrid.hole_punch.link import Link
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.transfer import lastresort
 from p2pgrid.transfer.exchange import Progress
+from p2pgrid.transfer.fetch import Download
 from tests.origin_server import Server, served
 from tests.shell.test_delta_exchange import NEW, NEXT, OLD, OTHER, SEEDS, hold, is_whole, size
-from tests.shell.test_exchange import know, open_nodes
+from tests.shell.test_exchange import Node, know, open_nodes
 from tests.small_disks import SmallDisk, small_disk
 
-GRACE = lastresort.GRACE
+GRACE = 1.0
+"""Enough for a message from a peer that is linked already."""
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +110,49 @@ async def test_a_peer_brings_the_parent_and_the_origin_the_delta(
     with served(files) as server:
         async with open_nodes(tmp_path, "neighbour", "worker") as (neighbour, worker):
             hold(neighbour, OLD)
+            peers = know(worker, neighbour)
+            await worker.exchange.session(neighbour.me)  # however long a link takes today
             with trio.fail_after(30):
-                fetched = await worker.exchange.fetch(
-                    NEW.datum, know(worker, neighbour), origins=[server.url]
-                )
+                fetched = await worker.exchange.fetch(NEW.datum, peers, origins=[server.url])
             assert is_whole(worker, NEW)
             assert fetched.bytes_by_peer == {neighbour.me: size(OLD), name_of(server): size(NEW)}
         assert asked(server, "packs") == {NEW.pack}
+
+
+def say_late(monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
+    """Have `node` show what it has of a pack only after somebody looked what to ask of an origin."""
+    looked, look, show = threading.Event(), lastresort.LastResort._look, node.exchange._audience.receive
+
+    def watched(resort: lastresort.LastResort) -> None:
+        look(resort)
+        if resort._shelf is not None:
+            looked.set()
+
+    def late(link: Link, topic: int, shelf: Shelf) -> None:
+        assert looked.wait(20)
+        show(link, topic, shelf)
+
+    monkeypatch.setattr(lastresort.LastResort, "_look", watched)
+    monkeypatch.setattr(node.exchange._audience, "receive", late)
+
+
+async def test_a_peer_gets_time_to_say_what_it_has_of_each_pack(
+    tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long ago the fetch began: here the grace that a fetch gives is over at once."""
+    with served(files) as server:
+        async with open_nodes(tmp_path, "neighbour", "worker") as (neighbour, worker):
+            hold(neighbour, OLD)
+            peers = know(worker, neighbour)
+            await worker.exchange.session(neighbour.me)
+            say_late(monkeypatch, neighbour)
+            download = Download(NEW.datum, worker.exchange, random.Random(1), None)
+            monkeypatch.setattr(lastresort, "GRACE", GRACE)  # from now on
+            download.company.hint(peers)
+            download.resort.add([server.url])
+            with trio.fail_after(30):
+                fetched = await download.run()
+            assert fetched.bytes_by_peer == {neighbour.me: size(OLD), name_of(server): size(NEW)}
 
 
 async def test_another_version_with_the_same_parent_costs_what_is_new_in_it(
