@@ -108,12 +108,13 @@ class Dialling:
     async def _try_relay(
         self, peer: PeerId, circuit: Circuit, ahead: float, place: int, failed: trio.Event, attempt: Attempt
     ) -> None:
-        assert self._ground.dial_circuit is not None
         with trio.move_on_after(ahead):
             await failed.wait()
         await trio.sleep(place * RELAY_STAGGER)
+        if (dial_circuit := self._ground.dial_circuit) is None:  # relays are used no more
+            return
         try:
-            sock = await self._ground.dial_circuit(circuit, peer)
+            sock = await dial_circuit(circuit, peer)
         except (PeerError, Unreachable, OSError) as wrong:
             log.debug("no circuit", peer=peer, relay=circuit.relay, why=str(wrong))
             return

@@ -236,7 +236,7 @@ class Link:
 
     def turn(self, readable: bool) -> Next | None:
         while self._retired and not self._resuming:
-            self._retired.pop().close()
+            self._retired.pop().abort()  # the peer has moved, too: what lies in there comes again
         then: Next | None = (True, None, 0)  # where the connection is lost: it is closed in the next turn
         try:
             if self._coming is not None:

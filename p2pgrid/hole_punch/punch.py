@@ -206,6 +206,8 @@ class Punch:
                 self._wanted, self._settled = False, None
                 yield from self._stop()
             case Changed(own, anew):
+                if anew or _hosts(self._own) - _hosts(own):
+                    yield from self._stop()  # what was told of this node holds no more
                 if anew or _essence(own) != _essence(self._own):
                     self._failed, self._hope = 0, Hope.GOOD
                     self._wait(now, 0.0)
@@ -289,8 +291,11 @@ class Punch:
         return float(min(grown, LAST_PAUSE))
 
 
+def _hosts(stance: Stance) -> set[str]:
+    return {candidate.address[0] for candidate in stance.candidates}
+
+
 def _essence(stance: Stance) -> object:
     """What of it makes another attempt worth while; ports that are another one for everybody do not."""
     addresses = {c.address for c in stance.candidates}
-    hosts = {host for host, _ in addresses}
-    return stance.mapping, hosts if stance.mapping is Mapping.DEPENDENT else addresses
+    return stance.mapping, _hosts(stance) if stance.mapping is Mapping.DEPENDENT else addresses

@@ -16,6 +16,7 @@ import contextlib
 import select
 import socket
 import ssl
+import struct
 
 RECORD = 16 << 10
 """Bytes in one record, at most."""
@@ -40,6 +41,12 @@ class Tls:
         return self.socket.fileno()
 
     def close(self) -> None:
+        self.socket.close()
+
+    def abort(self) -> None:
+        """Close so that nothing of the connection stays: punching the next one takes its ports at once."""
+        with contextlib.suppress(OSError):  # it has ended by itself
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
     def end(self) -> None:

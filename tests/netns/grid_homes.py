@@ -134,6 +134,11 @@ class GridNode:
         )
         return bond
 
+    def change(self) -> None:
+        """Its network may be another one."""
+        assert self.token is not None
+        self.token.run_sync_soon(lambda: self.puncher and self.puncher.look(anew=True))
+
     def way(self, other: GridNode) -> Way | None:
         return link.way if (link := self._link(other)) is not None else None
 

@@ -348,6 +348,21 @@ def test_a_change_of_network_begins_anew_at_once():
     assert dialled == {("203.0.113.7", 4001)}
 
 
+def test_an_attempt_of_another_network_is_given_up_but_not_for_one_more_address():
+    punch = Punch(PeerId("a"), PeerId("b"), home(1), random.Random(1).randbytes)
+    punch.step(Relayed(), 0.0)
+    (tell,) = punch.step(Tick(), 0.0)
+    assert isinstance(tell, Tell)
+    assert isinstance(tell.message, Offer)
+    *_, dial = punch.step(Heard(Answer(tell.message.token, bytes(16), home(2))), 0.1)
+    assert isinstance(dial, Dial)
+    six = Candidate(Source.LOCAL, ("2001:db8::2", 4001))
+    more = attrs.evolve(home(1), candidates=(*home(1).candidates, six))
+    assert punch.step(Changed(more), 0.2) == []
+    assert punch.step(Changed(home(3)), 0.3) == [Forget(dial.round.ours)]
+    assert punch.deadline == 0.3
+
+
 def test_ports_that_change_behind_a_symmetric_nat_are_no_change():
     punch = Punch(PeerId("a"), PeerId("b"), home(1, Mapping.DEPENDENT), random.Random(1).randbytes)
     punch.step(Relayed(), 0.0)
