@@ -11,7 +11,6 @@ Incoming(token) ─────────────────────�
 from __future__ import annotations
 
 import collections
-import contextlib
 import math
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,6 @@ import structlog
 import trio
 
 from p2pgrid.errors import Unreachable
-from p2pgrid.hole_punch.greeting import bare
 from p2pgrid.hole_punch.path import Address, Circuit, Way, from_multiaddr, to_multiaddr
 from p2pgrid.hole_punch.relay.choice import Choice
 from p2pgrid.hole_punch.relay.messages import (
@@ -39,18 +37,15 @@ from p2pgrid.hole_punch.relay.messages import (
     Told,
     encode,
 )
+from p2pgrid.hole_punch.relay.reaching import reach
 from p2pgrid.ids import PeerId
 
 log = structlog.get_logger(__name__)
 
 ANSWER_PATIENCE = 3.0
-"""Seconds that a relay gets for an answer, and for a connection."""
+"""Seconds that a relay gets for an answer."""
 LINK_PATIENCE = 15.0
 """Seconds for a link to a relay."""
-STAGGER = 0.05
-"""Seconds between the starts of dials to one relay."""
-ADDRESSES_MAX = 8
-"""Addresses of one relay that are dialled."""
 INCOMING_MAX = 64
 """Circuits that are taken up at the same time."""
 CIRCUITS_KEPT = 256
@@ -112,6 +107,8 @@ class Lost:
 
 @attrs.define(eq=False)
 class _Answer:
+    peer: PeerId
+    """Who was asked for, or who was asked."""
     told: Told | None = None
     came: trio.Event = attrs.field(factory=trio.Event)
 
@@ -139,6 +136,8 @@ class Relays:
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._choice = Choice(me)
+        self._told: dict[PeerId, list[Address]] = {}
+        """Where relays take links, as the coordinator says."""
         self._news = trio.Event()
         self._changed = trio.Event()
         self._answers: dict[tuple[PeerId, int], _Answer] = {}
@@ -152,9 +151,9 @@ class Relays:
 
     def learn(self, relays: Mapping[PeerId, Sequence[str]]) -> None:
         """These are the grid's relays, and where they take links (multiaddrs)."""
-        for relay, multiaddrs in relays.items():
-            if not self._links.addresses_of(relay):  # what was reached is known better here
-                self._links.learn(relay, multiaddrs)
+        self._told = {
+            relay: [a for text in told if (a := from_multiaddr(text))] for relay, told in relays.items()
+        }
         self._choice.learn(relays)
         self._news.set()
 
@@ -195,10 +194,16 @@ class Relays:
 
     async def delay(self, relay: PeerId) -> tuple[float, Address]:
         """Seconds that a connection to `relay` takes, and where it answered.  Raises `Unreachable`."""
-        if not self._addresses(relay):
-            await self._link(relay)  # it tells where it is
-        sock, address, seconds = await reach(relay, self._addresses(relay))
+        try:
+            sock, address, seconds = await reach(relay, self._addresses(relay))
+        except (
+            Unreachable
+        ):  # nobody told, or it was started again elsewhere: it is asked over the control plane
+            await self._link(relay)
+            sock, address, seconds = await reach(relay, self._addresses(relay))
         sock.close()
+        if address not in self._known(relay):
+            self._links.learn(relay, [to_multiaddr(address)])
         return seconds, address
 
     async def _hold(self, relay: PeerId, delay: float, address: Address) -> None:
@@ -263,7 +268,7 @@ class Relays:
             self._links.learn(relay, [to_multiaddr(circuit.address)])
         link = await self._link(relay)
         self._request = self._request % REQUESTS_MAX + 1
-        told = await self._ask(link, self._request, Connect(self._request, peer))
+        told = await self._ask(link, self._request, Connect(self._request, peer), peer)
         if not isinstance(told, Connected):
             why = told.why if isinstance(told, Refused) else "nonsense"
             self._remember(relay, peer, why)
@@ -284,9 +289,9 @@ class Relays:
         self, relay: PeerId, token: bytes, peer: PeerId, addresses: Sequence[Address]
     ) -> socket.socket:
         """Dial the relay and show it the token."""
-        self._circuits[token] = peer
-        while len(self._circuits) > CIRCUITS_KEPT:
-            del self._circuits[next(iter(self._circuits))]
+        if token not in self._circuits:
+            said = [lost.why for lost in self.lately if (lost.relay, lost.peer) == (relay, peer)]
+            raise Unreachable(who=peer, why=f"the relay {relay} says: {(said or ['it is over'])[-1]}")
         sock, _, _ = await reach(relay, list(dict.fromkeys(addresses)))
         try:
             sock.sendall(MAGIC + token)  # the first bytes of a connection always have room
@@ -296,7 +301,10 @@ class Relays:
         return sock
 
     def _addresses(self, relay: PeerId) -> list[Address]:
-        """Where `relay` itself is dialled."""
+        """Where `relay` itself may be dialled."""
+        return list(dict.fromkeys([*self._told.get(relay, ()), *self._known(relay)]))
+
+    def _known(self, relay: PeerId) -> list[Address]:
         return list(filter(None, map(from_multiaddr, self._links.addresses_of(relay))))
 
     async def _link(self, relay: PeerId) -> Line:
@@ -307,10 +315,12 @@ class Relays:
             return link
         raise Unreachable(who=relay, why=f"no link to the relay in {LINK_PATIENCE:.0f} s")
 
-    async def _ask(self, link: Line, request: int, message: Reserve | Connect) -> Told:
+    async def _ask(
+        self, link: Line, request: int, message: Reserve | Connect, peer: PeerId | None = None
+    ) -> Told:
         """What the relay answers.  Raises `Unreachable` where it does not."""
         key = (link.peer, request)
-        answer = self._answers[key] = _Answer()
+        answer = self._answers[key] = _Answer(peer or link.peer)
         try:
             link.send(encode(message))
             with trio.move_on_after(ANSWER_PATIENCE):
@@ -337,7 +347,9 @@ class Relays:
         match message:
             case Reserved():
                 self._answered(relay, 0, message)
-            case Connected(request):
+            case Connected(request, token):
+                if (answer := self._answers.get((relay, request))) is not None:
+                    self._keep(token, answer.peer)  # at once: its end may be the next that is told
                 self._answered(relay, request, message)
             case Refused(request, _, why):
                 if not self._answered(relay, request, message) and request == 0:
@@ -369,38 +381,15 @@ class Relays:
             link.send(encode(Decline(token, no)))
         else:
             self._incoming += 1
+            self._keep(token, peer)
             self._nursery.start_soon(self._take, link.peer, token, peer)
+
+    def _keep(self, token: bytes, peer: PeerId) -> None:
+        self._circuits[token] = peer
+        while len(self._circuits) > CIRCUITS_KEPT:
+            del self._circuits[next(iter(self._circuits))]
 
     def _remember(self, relay: PeerId, peer: PeerId | None, why: str) -> None:
         self.lately.append(Lost(relay, peer, why, trio.current_time()))
         self._change()
         log.info("not through this relay", relay=relay, to=peer or "us", why=why)
-
-
-async def reach(relay: PeerId, addresses: Sequence[Address]) -> tuple[socket.socket, Address, float]:
-    """A connection to the first of `addresses` that answers, and the seconds it took.
-
-    Raises `Unreachable`.
-    """
-    addresses = addresses[:ADDRESSES_MAX]
-    found: list[tuple[socket.socket, Address, float]] = []
-    with trio.move_on_after(ANSWER_PATIENCE):
-        async with trio.open_nursery() as nursery:
-
-            async def dial(address: Address, delay: float) -> None:
-                await trio.sleep(delay)
-                began = trio.current_time()
-                with (
-                    contextlib.suppress(OSError),
-                    trio.socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as sock,
-                ):
-                    await sock.connect(address)
-                    if not found:
-                        found.append((bare(sock), address, trio.current_time() - began))
-                        nursery.cancel_scope.cancel()
-
-            for place, address in enumerate(addresses):
-                nursery.start_soon(dial, address, place * STAGGER)
-    if not found:
-        raise Unreachable(who=relay, why=f"the relay is at none of its {len(addresses)} addresses")
-    return found[0]
