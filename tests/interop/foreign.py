@@ -22,6 +22,8 @@ import attrs
 import pytest
 import trio
 
+from p2pgrid.hole_punch.channel import plain
+
 PATIENCE = 60  # seconds for one answer; only a broken node takes so long
 
 
@@ -75,12 +77,13 @@ async def running(command: Sequence[str | Path], **start: Any) -> AsyncIterator[
     )
     node = Foreign(process)
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(node.listen)
-            told = await node.ask("start", **start)
-            node.peer, node.addresses = told["peer"], told["addresses"]
-            yield node
-            nursery.cancel_scope.cancel()
+        with plain():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(node.listen)
+                told = await node.ask("start", **start)
+                node.peer, node.addresses = told["peer"], told["addresses"]
+                yield node
+                nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
             assert process.stdin is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import asynccontextmanager
 
 import pytest
@@ -15,9 +16,10 @@ from p2pgrid.hole_punch.host import open_host
 from p2pgrid.hole_punch.reservations import Limits
 from p2pgrid.ids import PeerId
 from p2pgrid.wire import encode
+from tests.grid_processes import command, p2pgrid
 from tests.interop.echo_host import ECHO, Say, echo
-from tests.interop.foreign import running
-from tests.interop.test_host import hosts, say, seed
+from tests.interop.foreign import Failed, running
+from tests.interop.test_host import PATIENCE, hosts, say, seed
 
 
 async def until(holds):
@@ -260,3 +262,41 @@ async def test_we_have_a_place_at_another_and_are_called_through_it(other):
             bert.learn(anna.me, [through])
             assert await say(bert, anna.me, "through") == "through"
             assert circuit.relayed(bert.session(anna.me))
+
+
+def listening(coordinator):
+    """Where a coordinator listens, as it says when it is ready."""
+    for line in coordinator.stderr:
+        if line.startswith("  /ip4/"):
+            return line.strip()
+    raise AssertionError("the coordinator ended")
+
+
+async def test_a_coordinator_is_a_relay_if_it_is_told_to_be_and_another_is_called_through_it(other, tmp_path):
+    words = ("coordinator", "--listen", "127.0.0.1:0", "--libp2p-places", 1)
+    with command("p2pgrid", *words, home=tmp_path / "home") as coordinator:
+        try:
+            with trio.fail_after(PATIENCE):
+                where = await trio.to_thread.run_sync(listening, coordinator)
+                async with (
+                    running(other, listen=[f"{where}/p2p-circuit"]) as theirs,
+                    open_host(seed(2)) as bert,
+                ):
+                    await theirs.ask("echo", protocol=ECHO)
+                    bert.learn(PeerId(theirs.peer), [f"{where}/p2p-circuit"])
+                    assert await say(bert, PeerId(theirs.peer), "through") == "through"
+                    with pytest.raises(Failed):
+                        async with running(other, listen=[f"{where}/p2p-circuit"]):
+                            pass  # there was one place
+        finally:
+            coordinator.send_signal(signal.SIGINT)
+            _, said = await trio.to_thread.run_sync(coordinator.communicate)
+            assert "Traceback" not in said, said
+    assert coordinator.returncode == 0
+
+
+def test_what_is_no_relay_is_not_kept(tmp_path):
+    home = tmp_path / "home"
+    for words, code in ((("--libp2p-relay", "nonsense"), 78), (("--libp2p-places", -1), 2)):
+        assert p2pgrid("coordinator", "--listen", "127.0.0.1:0", *words, home=home).code == code
+        assert not (home / "daemon.json").exists()
