@@ -21,8 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import structlog
 import trio
 
+from bench.nowhere import Nowhere
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     PAGE_SPAN,
@@ -37,7 +39,7 @@ from p2pgrid.dht.manifest import (
     signed,
 )
 from p2pgrid.dht.store import Store
-from p2pgrid.ids import Cid, PeerId, digest
+from p2pgrid.ids import Cid, digest
 
 FRAME = CHUNK_SIZE // 3
 
@@ -77,14 +79,7 @@ async def node(root: Path, place: int, chunks: int) -> None:
     from p2pgrid.hole_punch.host import open_host
     from p2pgrid.transfer.exchange import open_exchange
 
-    class Nowhere:
-        async def provide(self, key: bytes) -> None:
-            await trio.lowlevel.checkpoint()
-
-        async def find(self, key: bytes, most: int = 20, *, soon: bool = False) -> list[PeerId]:
-            await trio.lowlevel.checkpoint()
-            return []
-
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # what is said is JSON
     with Store(root / str(place)) as store:
         datum = make(store, chunks) if place == 0 else None
         seed = digest(b"bench" + bytes([place]))
@@ -118,10 +113,11 @@ def say(**facts: object) -> None:
 
 def run(fetchers: int, gib: float) -> None:
     chunks = int(gib * (1 << 30)) // CHUNK_SIZE
+    given = ["--chunks", str(chunks)]
     with tempfile.TemporaryDirectory(prefix="p2pgrid-bench-") as root:
         nodes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--node", str(place), "--root", root, "--chunks", str(chunks)],
+                [sys.executable, "-m", "bench", "plane", "--node", str(place), "--root", root, *given],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

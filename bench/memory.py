@@ -28,10 +28,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import structlog
 import trio
 
 from bench.exchange import say
 from bench.grid import report
+from bench.nowhere import Nowhere
 from p2pgrid.dht.manifest import (
     CHUNK_SIZE,
     PAGE_SPAN,
@@ -47,7 +49,7 @@ from p2pgrid.dht.manifest import (
     signed,
 )
 from p2pgrid.dht.store import Store
-from p2pgrid.ids import Cid, PeerId, digest
+from p2pgrid.ids import Cid, digest
 
 Row = dict[str, Any]
 
@@ -90,22 +92,12 @@ def make(store: Store, chunks: int, old: Cid | None = None) -> Cid:
 # --- one node ----------------------------------------------------------------------------
 
 
-class Nowhere:
-    """An index that knows nothing."""
-
-    async def provide(self, key: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def find(self, key: bytes, most: int = 20, *, soon: bool = False) -> list[PeerId]:
-        await trio.lowlevel.checkpoint()
-        return []
-
-
 async def node(given: argparse.Namespace) -> None:
     """Says where it is, reads whom to know, works for so long, and says what it took."""
     from p2pgrid.node import daemon
 
     daemon._stay_small()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # what is said is JSON
     root = given.root / given.node
     with Store(root) as store:
         async with _exchange(store, given.node) as (network, exchange):
