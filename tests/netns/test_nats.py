@@ -279,6 +279,19 @@ def test_a_carrier_has_a_second_nat_behind_the_first(world: Lab, closing: contex
         assert seen[0] == host.outside
 
 
+def test_who_comes_second_to_a_port_is_mapped_to_another(world: Lab, closing: contextlib.ExitStack):
+    """As Linux does it; so two nodes in one house should not listen at the same port."""
+    a, b = world.homes(PORT_RESTRICTED, 2)
+    listening = at_hub(world, (HUB, 443), socket.SOCK_STREAM, closing)
+    seen = []
+    for host in (a, b):
+        closing.enter_context(host.dial((HUB, 443)))
+        accepted, (_, port) = listening.accept()
+        closing.enter_context(accepted)
+        seen.append(port)
+    assert seen[0] == PORT != seen[1]
+
+
 def test_nothing_but_443_goes_out(world: Lab, closing: contextlib.ExitStack):
     host = world.home(ONLY_443)
     for port in (443, 4001):
