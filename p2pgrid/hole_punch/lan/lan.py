@@ -30,7 +30,7 @@ from p2pgrid.hole_punch.lan import messages
 from p2pgrid.hole_punch.lan.messages import Frames, Knock
 from p2pgrid.hole_punch.lan.port import BUFFER, Port
 from p2pgrid.hole_punch.lan.segment import Segment
-from p2pgrid.hole_punch.lan.switch import Delivery, Switch, Up, Way
+from p2pgrid.hole_punch.lan.switch import LENGTH, Delivery, Switch, Up, Way
 from p2pgrid.hole_punch.lan.uplink import Accepted, Uplink
 from p2pgrid.hole_punch.link import Link, Receive, Receiver
 from p2pgrid.hole_punch.reactor import Reactor
@@ -195,14 +195,13 @@ class Lan:
         elif isinstance(way, int):
             port = at.ports.get(way)
             if port is None or not port.put(pieces[0] if len(pieces) == 1 else b"".join(pieces)):
-                self._count(at, "the guest does not read")
+                self._lost(at, pieces, "the guest does not read")
         elif not self._send(way, messages.head(Frames, at.switch.segment.number), pieces):
-            self._count(at, "the link is full")
+            self._lost(at, pieces, "the link is full")
 
-    def _count(self, at: _Group, why: str) -> None:
-        """One more piece was dropped: as many frames as it had."""
+    def _lost(self, at: _Group, pieces: list[bytes], why: str) -> None:
         with at.lock:
-            at.switch.counts[why] += 1
+            at.switch.counts[why] += sum(map(_frames_in, pieces))
 
     def _send(self, peer: PeerId, head: bytes, pieces: list[bytes]) -> bool:
         """Send frames to `peer`, over a link that is made if need be; False where they are lost."""
@@ -219,9 +218,10 @@ class Lan:
                     return False
                 waiting = self._pending[peer] = []
                 self._token.run_sync_soon(self._want, peer)
-            if sum(len(frames) for _, frames in waiting) > PENDING_MAX:
+            frames = b"".join(pieces)
+            if sum(len(others) for _, others in waiting) + len(frames) > PENDING_MAX:
                 return False
-            waiting.append((head, b"".join(pieces)))
+            waiting.append((head, frames))
         return True
 
     # --- links ------------------------------------------------------------------------------------
@@ -304,6 +304,14 @@ def _cable() -> tuple[socket.socket, socket.socket]:
     for end in (near, far):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     return near, far
+
+
+def _frames_in(data: bytes) -> int:
+    count = at = 0
+    while at < len(data):
+        at += LENGTH.size + LENGTH.unpack_from(data, at)[0]
+        count += 1
+    return count
 
 
 def _by_way(deliveries: list[Delivery]) -> dict[Way, list[bytes]]:
