@@ -292,12 +292,12 @@ class Mapper:
         return self._send(now)
 
     def _doubt(self, now: float) -> list[Effect]:
-        if self.place is None or is_outside(self.place.own) or self._attempts:
+        if self.place is None or is_outside(self.place.own):
             return []
-        if self.address is not None:
-            return self._question(now)
-        self._rest = REST
-        return self._begin(now)
+        self._rest = REST  # what failed before may not fail any more
+        if self._attempts:
+            return []
+        return self._question(now) if self.address is not None else self._begin(now)
 
     # --- what is heard ------------------------------------------------------------------
 
