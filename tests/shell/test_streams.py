@@ -189,6 +189,32 @@ async def test_a_link_that_ends_resets_its_streams() -> None:
         await near.aclose()
 
 
+async def test_streams_go_on_when_the_connection_under_them_breaks() -> None:
+    async with open_pair() as pair:
+        near, far = await pair.connect()
+        there, here = random.Random(1).randbytes(20_000_000), random.Random(2).randbytes(3_000_000)
+        [link] = pair.links[0].live()
+        breaks = 0
+
+        async def send(stream: trio.SocketStream, data: bytes) -> None:
+            await stream.send_all(data)
+            await stream.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, near, there)
+            nursery.start_soon(send, far, here)
+            came = b""
+            async for data in far:
+                came += data
+                if len(came) > 5_000_000 * (breaks + 1):
+                    breaks += 1
+                    link.path.tls.socket.shutdown(socket.SHUT_RDWR)
+            assert came == there
+            assert await _read_all(near) == here
+        assert breaks >= 2
+        assert pair.links[0].live() == [link]
+
+
 async def test_an_open_that_is_not_waited_for_leaves_nothing() -> None:
     async with open_pair() as pair:
         scope = trio.CancelScope()
