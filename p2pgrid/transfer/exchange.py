@@ -23,9 +23,10 @@ from p2pgrid.hole_punch.greeting import Allow
 from p2pgrid.hole_punch.path import Address
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.net import Index, Network
-from p2pgrid.transfer.fetch import Download, Fetched
+from p2pgrid.transfer.fetch import Download
 from p2pgrid.transfer.follow import Following
 from p2pgrid.transfer.messages import ADDRESS_MAX, ADDRESSES_MAX, PEERS_MAX, Peers, encode
+from p2pgrid.transfer.peering import Fetched
 from p2pgrid.transfer.progress import Progress
 from p2pgrid.transfer.seed import Audience, Seeding
 from p2pgrid.transfer.session import Session

@@ -17,21 +17,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
-import attrs
 import trio
 
 from p2pgrid.dht.shelf import Shelf
-from p2pgrid.dht.store import Store
 from p2pgrid.errors import GridError, WorldError
-from p2pgrid.hole_punch.bulk import Links
 from p2pgrid.ids import Cid, PeerId
 from p2pgrid.machine import Tick
-from p2pgrid.transfer.company import Company, Searching
+from p2pgrid.transfer.company import Company
 from p2pgrid.transfer.lastresort import LastResort
 from p2pgrid.transfer.messages import INDICES_MAX
 from p2pgrid.transfer.objects import Objects
+from p2pgrid.transfer.peering import Fetched, Peering
 from p2pgrid.transfer.progress import Progress, stretches
 from p2pgrid.transfer.ranges import is_origin
 from p2pgrid.transfer.reports import Reports, gathered
@@ -62,42 +59,6 @@ ANNOUNCE = 0.05
 """Seconds that news of chunks wait for more of them."""
 REPORT = 0.25
 """Seconds between two progress reports."""
-
-
-@attrs.frozen
-class Fetched:
-    """A fetch that is complete."""
-
-    bytes_by_peer: dict[PeerId, int]
-    local_bytes: int
-    resumed_bytes: int
-    seconds: float
-
-
-class Peering(Searching, Protocol):
-    """What a fetch needs of the exchange."""
-
-    store: Store
-    me: PeerId
-    links: Links
-    origins: Sequence[str]
-    """Where to ask when no peer helps."""
-
-    def show(self, shelf: Shelf) -> None:
-        """Tell who has opened the shelf's pack what is here."""
-        ...
-
-    def tell(self, pack: Cid, indices: list[int]) -> None:
-        """Tell who has opened `pack`, and whoever here wants it, that these are here."""
-        ...
-
-    def grown(self, series: Cid) -> None:
-        """Tell who follows `series` that it has grown."""
-        ...
-
-    def settle(self) -> None:
-        """Have no series followed that is not here any more: it became a pack, or was dropped."""
-        ...
 
 
 class Download:

@@ -20,8 +20,9 @@ from p2pgrid.dht.draft import going_on
 from p2pgrid.dht.growing import GrowingShelf
 from p2pgrid.errors import BadObject, GridError, Temporary
 from p2pgrid.ids import Cid, PeerId
-from p2pgrid.transfer.fetch import Download, Fetched, Peering
+from p2pgrid.transfer.fetch import Download
 from p2pgrid.transfer.objects import OBJECT_PATIENCE, OBJECTS_AT_ONCE
+from p2pgrid.transfer.peering import Fetched, Peering
 from p2pgrid.transfer.session import Session
 from p2pgrid.transfer.swarm import Extended, Held, Swarm
 

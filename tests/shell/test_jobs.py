@@ -14,7 +14,7 @@ from p2pgrid.errors import Conflict, Misused, NotAuthorised
 from p2pgrid.node import disks, jobs
 from p2pgrid.scheduler import messages as m
 from p2pgrid.scheduler.job import JobSpec
-from p2pgrid.transfer.fetch import Fetched
+from p2pgrid.transfer.peering import Fetched
 from tests.lone_node import Lone, open_lone
 from tests.shell.test_attempt import a_disk
 from tests.small_disks import small_disk
