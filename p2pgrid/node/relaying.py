@@ -26,14 +26,14 @@ log = structlog.get_logger(__name__)
 LOOK = 1.0
 """Seconds between two looks at whether transfers are paused: it relays nothing then."""
 OFF = "this node is no relay"
-SPARE = 2
-"""Relays held where others may not reach this node otherwise; where it is one itself they can."""
 
 
 async def keep_relaying(node: Node) -> None:
     """Be a relay or not, as it is wanted, for ever.  Raises `Misconfigured` where that cannot be read."""
     assert node.relaying is not None
     node.relay_prefs = RelayPrefs.load(node.home)
+    if node.grid == node.network.me:
+        node.relaying.relays.want(0)  # members reach their coordinator, or there is no grid
     _learn(node, {node.grid: ()})  # until the coordinator tells of others
     done: object = None
     async with trio.open_nursery() as nursery:
@@ -66,7 +66,6 @@ def _apply(node: Node, relaying: Relaying, wanted: Limits | str) -> None:
         relaying.service.close(wanted)
     else:
         relaying.service.open(wanted)
-    relaying.relays.want(SPARE if wanted == OFF else 0)
     relays = not isinstance(wanted, str)
     if relays != node.relays:
         log.info("relaying for others", on=relays, why="" if relays else wanted)

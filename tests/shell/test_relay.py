@@ -206,7 +206,7 @@ async def test_a_quota_ends_the_path_and_both_sides_know_why() -> None:
         link.send(b"\x01" + bytes(200_000))
         for node, other in ((a, b), (b, a)):
             while not node.both.relays.lately:
-                await node.both.relays.changed()
+                await node.both.relays.lost()
             lost = node.both.relays.lately[0]
             assert (lost.relay, lost.peer) == (r.me, other.me)
             assert lost.why.startswith("the 100000 bytes that the relay may have here in 24 h are used up")
@@ -220,7 +220,7 @@ async def test_a_peer_that_is_paused_declines() -> None:
             with sock:
                 await trio.lowlevel.wait_readable(sock.fileno())
         while not a.both.relays.lately:
-            await a.both.relays.changed()
+            await a.both.relays.lost()
         assert a.both.relays.lately[0].why == "b does not want it: paused: it is within a window"
 
 

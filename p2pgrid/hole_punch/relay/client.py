@@ -140,6 +140,7 @@ class Relays:
         """Where relays take links, as the coordinator says."""
         self._news = trio.Event()
         self._changed = trio.Event()
+        self._mishap = trio.Event()
         self._answers: dict[tuple[PeerId, int], _Answer] = {}
         self._ends: dict[PeerId, _End] = {}
         self._circuits: dict[bytes, PeerId] = {}
@@ -245,16 +246,20 @@ class Relays:
     def _tell(self) -> None:
         """Have others told how we are reached, nearest relay first."""
         near = sorted(self.held.values(), key=lambda held: held.delay)
-        self._links.circuits[:] = [held.circuit for held in near]
-        self._change()
-
-    def _change(self) -> None:
+        circuits = [held.circuit for held in near]
+        if circuits == self._links.circuits:
+            return
+        self._links.circuits[:] = circuits
         before, self._changed = self._changed, trio.Event()
         before.set()
 
     async def changed(self) -> None:
-        """Wait until we are reached in another way than now, or lost something."""
+        """Wait until we are reached in another way than now."""
         await self._changed.wait()
+
+    async def lost(self) -> None:
+        """Wait until there is one more in `lately`."""
+        await self._mishap.wait()
 
     # --- circuits ---------------------------------------------------------------------------
 
@@ -391,5 +396,6 @@ class Relays:
 
     def _remember(self, relay: PeerId, peer: PeerId | None, why: str) -> None:
         self.lately.append(Lost(relay, peer, why, trio.current_time()))
-        self._change()
+        before, self._mishap = self._mishap, trio.Event()
+        before.set()
         log.info("not through this relay", relay=relay, to=peer or "us", why=why)
