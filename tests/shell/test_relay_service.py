@@ -322,6 +322,20 @@ async def test_a_rate_is_kept(limits: Limits, bucket: Bucket | None) -> None:
         assert took >= (size - RATE * FILL - 2 * CAPPED_TURN) / RATE
 
 
+async def test_a_high_cap_is_used_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is ready does not wait for more to come: with 32 KiB in 8 ms there would be 4 MB/s."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    async with open_desk(Limits(rate=40e6)) as desk:
+        a, b = await desk.circuit()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.send_all, bytes(12 * TURN))
+            got = 0
+            while got < 12 * TURN:
+                got += len(await b.receive_some())
+    assert sum(slept) < 0.3
+
+
 async def test_under_a_cap_all_circuits_go_in_turn() -> None:
     async with open_desk(Limits(rate=2e6)) as desk:
         got = [0, 0, 0]

@@ -224,7 +224,8 @@ class RelayService:
         if now >= self._looked + LOOK:
             self._rate_now = self._lately / (now - self._looked)
             self._lately, self._looked = 0, now
-        return min(PAUSE, 2 * SMALL / self._rate_now) if 0 < moved < SMALL and self._rate_now > BUSY else 0.0
+        trickles = 0 < moved < SMALL and self._rate_now > BUSY and not self._splicer.ready
+        return min(PAUSE, 2 * SMALL / self._rate_now) if trickles else 0.0
 
     def _clear(self) -> None:
         """Nothing is relayed any more: hang up on connections that come all the same."""

@@ -147,6 +147,11 @@ class Splicer:
     def __len__(self) -> int:
         return len(self._circuits)
 
+    @property
+    def ready(self) -> bool:
+        """Whether something can go on without waiting for more, as soon as rates allow."""
+        return bool(self._ready)
+
     def join(self, number: int, one: socket.socket, other: socket.socket) -> None:
         """Carry between these, and close them in the end."""
         circuit = self._circuits[number] = _Circuit(number, one, other, Bucket(self.rate_each))
