@@ -1,4 +1,4 @@
-"""Do untouched programs in real guests talk through the proxy?  Examples 1 to 3 of the how-to pages."""
+"""Do untouched programs in real guests talk through the proxy?  The examples of the how-to page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.grid_processes import PATIENCE, Grid, command, open_grid, p2pgrid, p2pnode, processes_of, until
+from tests.grid_processes import (
+    PATIENCE,
+    Grid,
+    Said,
+    command,
+    open_grid,
+    p2pgrid,
+    p2pnode,
+    processes_of,
+    until,
+)
 from tests.tiny_disk import tiny_disk
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
@@ -51,6 +61,71 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grid]:
         assert said.code == 0, said.err
         yield grid
     assert processes_of(folder) == []
+
+
+SSH_SCRIPT = """#!/bin/sh
+# An untouched sshd, brought along with what it is linked to.
+cp -r /context/root/. /
+mkdir -p /run/sshd /var/empty /root/.ssh /dev/pts
+mount -t devpts devpts /dev/pts
+echo 'sshd:x:74:74::/var/empty:/bin/false' >>/etc/passwd
+cp /context/authorized_keys /root/.ssh/
+cp /context/host_key /etc/host_key
+chmod 700 /root /root/.ssh
+chmod 600 /root/.ssh/authorized_keys /etc/host_key
+/usr/sbin/sshd -f /context/sshd_config || exit 3
+until [ -e /tmp/over ]; do sleep 0.5; done
+cp /tmp/over over.txt
+"""
+SSHD_CONFIG = """HostKey /etc/host_key
+PidFile none
+UsePAM no
+PasswordAuthentication no
+StrictModes no
+UseDNS no
+"""
+
+
+def _sshd(folder: Path) -> None:
+    """sshd, the libraries it is linked to, and the loader, where they belong."""
+    told = subprocess.run(["ldd", "/usr/sbin/sshd"], check=True, capture_output=True, text=True).stdout
+    for file in ["/usr/sbin/sshd", *(word for word in told.split() if word.startswith("/"))]:
+        target = folder / file.lstrip("/").removeprefix("usr/")  # /usr/sbin is a link there
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+        target.chmod(0o755)
+
+
+@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="openssh-server is not installed")
+@pytest.mark.skipif(not shutil.which("ssh"), reason="openssh-client is not installed")
+def test_ssh_opens_a_running_guest(grid: Grid, tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text(SSH_SCRIPT)
+    (tmp_path / "sshd_config").write_text(SSHD_CONFIG)
+    _sshd(tmp_path / "root")
+    for name in ("host_key", "key"):
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)]
+        subprocess.run(words, check=True)
+    shutil.copy(tmp_path / "key.pub", tmp_path / "authorized_keys")
+    brought = [("--in", tmp_path / name) for name in ("root", "sshd_config", "host_key", "authorized_keys")]
+    small = ("--ram", "160M", "--scratch", "64M", "--time", "120s", "--net", "lan", "--accept", "22", "-d")
+    words = [word for pair in brought for word in pair]
+    said = p2pgrid("run", "tiny", "--script", tmp_path / "job.sh", *words, *small, home=grid.home)
+    assert said.code == 0, said.err
+    job = said.out.strip()
+
+    def ssh(*words: str) -> Said:
+        return p2pgrid("job", "ssh", job, "-i", tmp_path / "key", "--", *words, home=grid.home)
+
+    until(lambda: ssh("true").code == 0, "a shell in the guest")
+    assert ssh("hostname").out == "task0\n"
+    assert ssh("exit 7").code == 7
+    assert len(ssh("head -c 1000000 /dev/zero | tr '\\0' x").out) == 1_000_000
+    assert ssh("echo told by ssh >/tmp/over.new && mv /tmp/over.new /tmp/over").code == 0
+    done = grid.finished(job)
+    assert done["state"] == "completed", done
+    out = p2pgrid("job", "results", job, "-o", tmp_path / "out", home=grid.home)
+    assert out.code == 0, out.err
+    assert (tmp_path / "out" / "0" / "over.txt").read_text() == "told by ssh\n"
 
 
 @contextlib.contextmanager
