@@ -280,7 +280,8 @@ class Revoke(Message, frozen=True):
 class Neighbours(Message, frozen=True):
     """A page of who runs tasks of a job now, by peer id, after the peer `after`.
 
-    Told to its submitter and, where the job has a LAN, to who runs one of its tasks.
+    Told to its submitter and, where the job has a LAN, to who runs one of its tasks; and to who runs a job
+    whose guests it accepts, or that accepts its guests.
     """
 
     job: Id

@@ -144,12 +144,21 @@ class Submissions:
     def neighbours(self, peer: PeerId, request: m.Neighbours) -> m.NeighbourList:
         job = self._work.jobs.get(request.job)
         runs = views.who_runs(job) if job is not None else {}
-        if job is None or not (job.job.spec.lan and peer in runs):
+        if job is None or not ((job.job.spec.lan and peer in runs) or self._acquainted(peer, job)):
             self.visible(request.job, peer)
         peers = sorted(p for p in runs if p > request.after)
         shown = peers[: m.PAGE]
         rows = (m.Neighbour(p, self._roster.node(p).addresses, runs[p][: m.INDICES_MAX]) for p in shown)
         return m.NeighbourList(tuple(rows), more=len(shown) < len(peers))
+
+    def _acquainted(self, peer: PeerId, job: JobState) -> bool:
+        """Whether `peer` runs a job whose guests this one accepts, or one that accepts this one's."""
+        node = self._roster.nodes.get(peer)
+        runs = {task.rpartition(".")[0] for task in node.leases} if node is not None else set()
+        named = {rule.partition(":")[2] for rule in job.job.spec.accept}
+        asked = f":{job.job.id}"
+        accepts = (rule for other in runs for rule in self._work.jobs[other].job.spec.accept)
+        return bool(runs & named) or any(rule.endswith(asked) for rule in accepts)
 
     def nodes(self, request: m.Nodes, now: float) -> m.NodeList:
         peers = sorted(p for p in self._members if self._members.roles(p))
