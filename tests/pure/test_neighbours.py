@@ -76,9 +76,9 @@ def test_many_come_in_pages():
 def test_who_runs_a_job_that_is_accepted_and_who_accepts_it_know_each_other():
     history = grid("ann", "bob", "eve")
     client = submit(history, (0,))
+    assert pull(history, "ann").job == client
     spec = JobSpec(DISK, lan=True, accept=("22", f"80:{client}", "81:job"))
     server = history.ask("sub", m.Submit(spec, "another")).id
-    assert pull(history, "ann").job == client
     assert runs(history, "ann", server) == {}
     assert pull(history, "bob").job == server
     assert runs(history, "ann", server) == {"bob": (0,)}
