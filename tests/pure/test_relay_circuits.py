@@ -10,11 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from p2pgrid.hole_punch.relay.circuits import (
-    COME,
-    LIFE,
+from p2pgrid.hole_punch.relay.circuits import COME, LIFE, Circuits
+from p2pgrid.hole_punch.relay.events import (
     Barred,
-    Circuits,
     Closed,
     Cut,
     Dialled,

@@ -29,9 +29,9 @@ import trio
 
 from p2pgrid.errors import Misconfigured
 from p2pgrid.hole_punch.rates import Bucket
-from p2pgrid.hole_punch.relay.circuits import (
+from p2pgrid.hole_punch.relay.circuits import Circuits
+from p2pgrid.hole_punch.relay.events import (
     Barred,
-    Circuits,
     Closed,
     Cut,
     Dialled,
