@@ -20,6 +20,7 @@ Address = tuple[str, int]
 
 ADDRESSES_MAX = 16
 """Addresses tried of one peer: a machine has a few; a longer list is a mistake or an attack."""
+PORT_DIGITS = 5
 
 
 class Way(enum.Enum):
@@ -53,10 +54,15 @@ class Circuit:
 
 
 def parse_address(text: str) -> Address | None:
-    """`"10.0.0.1:7"` or `"[::1]:7"`; None for anything that is not an IP address and a port."""
+    """`"10.0.0.1:7"` or `"[::1]:7"`; None for anything that is not an IP address and a port.
+
+    Nor for a host with a zone ("%eth0"): it means something to whoever says it only.
+    """
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
+    if "%" in host or len(port) > PORT_DIGITS:  # a longer one may be too long to be read at all
+        return None
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,24 @@ def test_a_circuit_is_the_same_after_a_multiaddr(relay: PeerId, address: tuple[s
 def test_what_is_no_circuit_is_none(noise: str) -> None:
     circuit = circuit_from_multiaddr(noise)
     assert circuit is None or circuit_from_multiaddr(circuit_to_multiaddr(circuit)) == circuit
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        f"10.0.0.1:{'1' * 5000}",  # more digits than Python makes a number of
+        f"[fe80::1%{'a' * 100}]:7",  # a zone that is no name
+        "[fe80::1%x\0y]:7",
+        "10.0.0.1:000007",
+    ],
+)
+def test_no_address_that_a_peer_can_tell_breaks_whoever_reads_or_dials_it(told: str) -> None:
+    book = AddressBook(ME)
+    host, _, port = told.rpartition(":")
+    multiaddr = f"/ip6/{host.strip('[]')}/tcp/{port}/tls"
+    book.hear(A, [told, multiaddr, f"{multiaddr}/p2p/{B}/p2p-circuit"], [])
+    book.learn(A, [multiaddr, f"{multiaddr}/p2p/{B}/p2p-circuit"])
+    assert book.told(A) == []
 
 
 def test_addresses_and_circuits_are_replaced_each_by_their_own() -> None:
