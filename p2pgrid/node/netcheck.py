@@ -85,10 +85,11 @@ def _text(address: Address | None) -> str | None:
 
 def here(net: Net) -> Facts:
     """What this computer says of itself."""
+    public = (h for h in sorted(net.addresses) if ":" not in h and is_outside(h))
     return Facts(
         hosts=tuple(sorted(net.addresses)),
         gateway=net.v4.gateway if net.v4 is not None else "",
-        own=net.v4.own if net.v4 is not None else "",
+        own=net.v4.own if net.v4 is not None else next(public, ""),  # servers may have no default route
         ipv6=net.v6 is not None and any(":" in h and is_outside(h) for h in net.addresses),
     )
 

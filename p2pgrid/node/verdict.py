@@ -66,7 +66,7 @@ class Facts:
     """Addresses of this computer, but for loopback."""
     gateway: str = ""
     own: str = ""
-    """Our address towards the IPv4 internet."""
+    """Our address towards the IPv4 internet, or one of the whole internet's."""
     ipv6: bool = False
     """Whether there is a way to the IPv6 internet, and an address of it here."""
     mapped: Address | None = None
@@ -132,9 +132,10 @@ def nat_name(facts: Facts) -> str:
         return "none" + ", but a firewall" * (facts.called is False)
     if facts.mapping is Mapping.UNKNOWN:
         return "not known: fewer than two observers told what they see"
-    maps = "independent" if facts.mapping is Mapping.INDEPENDENT else "address-dependent or worse (symmetric)"
+    independent = facts.mapping is Mapping.INDEPENDENT
+    maps = "endpoint-independent" if independent else "address-dependent or worse (symmetric)"
     filters = "lets in whom it knows, from any port" if facts.called else "lets in only what was asked for"
-    return f"mapping endpoint-{maps}" + (f", filtering: {filters}" if facts.called is not None else "")
+    return f"mapping {maps}" + (f", filtering: {filters}" if facts.called is not None else "")
 
 
 def _kind(facts: Facts) -> str:

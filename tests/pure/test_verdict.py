@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pgrid.hole_punch.netlink import Route
+from p2pgrid.hole_punch.netwatch import Net
 from p2pgrid.node import show_netcheck
-from p2pgrid.node.netcheck import exit_code, report
+from p2pgrid.node.netcheck import exit_code, here, report
 from p2pgrid.node.verdict import Facts, Observer, nat_name, verdict
 
 OWN = "192.168.1.7"
@@ -97,7 +99,7 @@ def test_who_is_reachable_gets_no_advice():
 
 def test_the_nat_has_its_name():
     assert nat_name(home(*EASY)) == "mapping endpoint-independent"
-    assert "symmetric" in nat_name(home(*HARD))
+    assert nat_name(home(*HARD)) == "mapping address-dependent or worse (symmetric)"
     assert nat_name(home(coordinator(OWN, 4001))) == "none"
     assert nat_name(home(EASY[0])).startswith("not known")
     assert "from any port" in nat_name(home(attrs.evolve(EASY[0], called=True), EASY[1]))
@@ -138,6 +140,14 @@ def test_there_is_always_a_sentence(facts: Facts):
     assert nat_name(facts)
     if facts.observers and all(o.delay is None for o in facts.observers):
         assert said.exit_code == 6
+
+
+def test_a_server_without_a_default_route_has_its_address_all_the_same():
+    own = here(Net(frozenset(["10.0.0.1", "11.5.5.5", "2001:db8::7"])))
+    assert (own.own, own.gateway, own.ipv6) == ("11.5.5.5", "", False)
+    assert here(Net(frozenset(["10.0.0.1"]))).own == ""
+    routed = here(Net(frozenset([OWN]), Route("192.168.1.1", OWN, 2), Route("fe80::1", "2001:db8::7", 2)))
+    assert (routed.own, routed.gateway, routed.ipv6) == (OWN, "192.168.1.1", False)
 
 
 def test_a_person_reads_the_verdict_first():
