@@ -168,21 +168,25 @@ def swap(socks: Sequence[socket.socket], each: int) -> None:
             for key, events in selector.select():
                 sock = key.fileobj
                 assert isinstance(sock, socket.socket)
-                counts = state[sock]
+                counts, watched = state[sock], key.events
                 if events & selectors.EVENT_WRITE:
                     at = counts[0] % len(BLOCK)
                     counts[0] += sock.send(block[at : at + min(PIECE, each - counts[0])])
                     if counts[0] == each:
                         sock.shutdown(socket.SHUT_WR)
-                        selector.modify(sock, selectors.EVENT_READ)
+                        watched &= ~selectors.EVENT_WRITE
                 if events & selectors.EVENT_READ:
                     data = sock.recv(PIECE)
                     at = counts[1] % len(BLOCK)
                     assert data == block[at : at + len(data)], "other bytes came than were sent"
                     counts[1] += len(data)
                     if not data:
-                        assert counts == [each, each], f"{counts} of {each} bytes moved"
-                        selector.unregister(sock)
+                        assert counts[1] == each, f"{counts[1]} of {each} bytes came"
+                        watched &= ~selectors.EVENT_READ
+                if not watched:
+                    selector.unregister(sock)
+                elif watched != key.events:
+                    selector.modify(sock, watched)
 
 
 def program(connections: int, each: int) -> None:

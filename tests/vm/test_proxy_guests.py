@@ -131,7 +131,7 @@ def test_ssh_opens_a_running_guest(grid: Grid, tmp_path: Path) -> None:
 @contextlib.contextmanager
 def web_server(folder: Path) -> Iterator[int]:
     """A web server of the submitter's own machine."""
-    handler = functools.partial(_Quiet, directory=str(folder))
+    handler = functools.partial(Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -140,7 +140,7 @@ def web_server(folder: Path) -> Iterator[int]:
         thread.join()
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
+class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
