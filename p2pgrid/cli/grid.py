@@ -28,6 +28,10 @@ def coordinator(
     listen: Annotated[
         str | None, Parameter(help="ADDRESS:PORT for other nodes [0.0.0.0:4321, or as before].")
     ] = None,
+    link_port: Annotated[
+        int | None,
+        Parameter(help="TCP port for links; 443 is let out almost everywhere [chosen once, or as before]."),
+    ] = None,
     db: Annotated[
         str | None, Parameter(help="Ledger, sqlite:///FILE [in the data directory, or as before].")
     ] = None,
@@ -50,6 +54,7 @@ def coordinator(
     """Run a coordinator here, in the foreground, until Ctrl-C."""
     asked = {
         "listen": listen,
+        "link_port": None if link_port is None else launch.link_port(link_port),
         "ledger": launch.ledger_path(db),
         "lease": lease and launch.lease(lease),
         "membership": membership and launch.membership(membership),

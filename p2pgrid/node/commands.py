@@ -40,6 +40,9 @@ def join(
     /,
     *,
     listen: Annotated[str, Parameter(help="ADDRESS:PORT for other nodes.")] = "0.0.0.0:0",
+    link_port: Annotated[
+        int | None, Parameter(help="TCP port for links, for a router to be told of [chosen once].")
+    ] = None,
     share: Annotated[
         list[str] | None, Parameter(help="Something jobs may need and find here.", negative="")
     ] = None,
@@ -62,12 +65,13 @@ def join(
     text = _ticket_text(ticket)
     before = Config.load(home)
     origins = _origins(origin or ())
+    port = 0 if link_port is None else launch.link_port(link_port)
     if text is not None:
-        _set_up(home, text, listen, tuple(share or ()), name, slots, quota, origins, yes)
+        _set_up(home, text, listen, port, tuple(share or ()), name, slots, quota, origins, yes)
     elif before is None:
         raise Misused(why=f"{home} belongs to no grid yet; a ticket is needed (p2pgrid token create)")
-    elif origins:
-        attrs.evolve(before, origins=origins).save(home)
+    elif origins or port:
+        attrs.evolve(before, origins=origins or before.origins, link_port=port or before.link_port).save(home)
     if foreground:
         from p2pgrid.node.daemon import run_stored
 
@@ -104,6 +108,7 @@ def _set_up(
     home: Path,
     text: str,
     listen: str,
+    link_port: int,
     shares: tuple[str, ...],
     name: str | None,
     slots: int,
@@ -142,6 +147,7 @@ def _set_up(
     Config(
         roles=("worker",),  # the coordinator answers with the ticket's own
         listen=listen,
+        link_port=link_port,
         name=name or socket.gethostname(),
         shares=shares,
         slots=slots,

@@ -42,6 +42,10 @@ class Config:
     """Seconds that a worker keeps a task without a word to the coordinator; only the coordinator's counts."""
     membership: float = 7 * 86400.0
     """Seconds for which a membership can be shown; only the coordinator's counts."""
+    link_port: int = 0
+    """The TCP port at which links are taken; 0 lets the system choose."""
+    link_port_before: int = 0
+    """The one that it chose last."""
     libp2p_places: int = 0
     """Other libp2p nodes that may have a place at this one, to be called through it."""
     libp2p_relays: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ from p2pgrid.dht.index import open_index
 from p2pgrid.dht.store import Store
 from p2pgrid.errors import Conflict, GridError, Misconfigured, NotAuthorised, Temporary, Unreachable
 from p2pgrid.hole_punch.circuit_relay import open_circuits
-from p2pgrid.hole_punch.host import Host, open_host
+from p2pgrid.hole_punch.host import open_host
 from p2pgrid.hole_punch.relay.relaying import open_relaying
 from p2pgrid.ids import PeerId
 from p2pgrid.node import disks, jobs, links
@@ -45,6 +45,7 @@ from p2pgrid.node.node import Node
 from p2pgrid.node.outlook import open_outlook
 from p2pgrid.node.paths import keep_paths
 from p2pgrid.node.plain import plain
+from p2pgrid.node.ports import keep_ports, link_port
 from p2pgrid.node.prefs import Prefs
 from p2pgrid.node.proxy import ops as proxy
 from p2pgrid.node.proxy.proxy import open_proxy
@@ -222,7 +223,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
                 host,
                 index,
                 store,
-                [(config.host, 0)],
+                [(config.host, link_port(config))],
                 allow=standing.allow,
                 membership=lambda: standing.shown,
                 origins=config.origins,
@@ -241,7 +242,7 @@ async def open_node(home: Path, stopping: trio.Event) -> AsyncIterator[Node]:
             home, config, identity, host, index, store, exchange, calls, grid, roles, stopping, standing
         )
         node.relaying = relaying
-        _keep_port(home, config, host)
+        keep_ports(home, config, host, exchange.links)
         node.proxy = await rooms.enter_async_context(
             open_proxy(host.me, exchange.links, calls, exchange.learn)
         )
@@ -297,14 +298,6 @@ async def _join(
             return tuple(welcome.roles)
     log.warning("the coordinator is away; starting without it")
     return config.roles
-
-
-def _keep_port(home: Path, config: Config, host: Host) -> None:
-    """Write down the port that the system chose: members find us there after a restart."""
-    stored = Config.load(home) or config
-    if stored.listen.endswith(":0"):
-        port = host.addresses[0].split("/tcp/")[1].split("/")[0]
-        attrs.evolve(stored, listen=stored.listen.removesuffix("0") + port).save(home)
 
 
 def _ops(node: Node) -> dict[str, Op]:

@@ -190,6 +190,13 @@ def membership(text: str) -> float:
     return seconds
 
 
+def link_port(number: int) -> int:
+    """Raises `Misused`."""
+    if not 0 < number < 65536:
+        raise Misused(why=f"--link-port {number} is no TCP port")
+    return number
+
+
 def places(count: int) -> int:
     """How many places there may be for other libp2p nodes.  Raises `Misused`."""
     if not 0 <= count <= 1024:
