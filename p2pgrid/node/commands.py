@@ -132,8 +132,8 @@ def _set_up(
         ("Disk", f"keep verified chunks, at most {quota or 'what is free less 1 GiB'}, under {home}"),
         (
             "Network",
-            "exchange chunks with members of the grid and nobody else; VMs reach other VMs of their job, and what"
-            " its rules and members open to them, never this network or the internet",
+            "exchange chunks with members of the grid and nobody else; VMs reach other VMs of their job,"
+            " and what its rules and members open to them, never this network or the internet",
         ),
         ("Router", "ask it to let members reach this node; p2pnode prefs port_mapping=off ends that"),
         *(("Origin", f"ask {parse_origin(url).shown} for disks where no peer helps") for url in origins),
