@@ -43,6 +43,7 @@ missing_packages() {
         have qemu-img || echo qemu-utils
         have nft || echo nftables
         have ip || echo iproute2
+        have ssh || echo openssh-client
         have git || echo git
         have nginx || echo nginx-light
         have miniupnpd || echo miniupnpd-nftables # the program alone: it starts no service

@@ -29,9 +29,12 @@ from tests.grid_processes import (
     processes_of,
     until,
 )
+from tests.ssh_server import bring_sshd
 from tests.tiny_disk import tiny_disk
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
+
+needs_ssh = pytest.mark.skipif(not shutil.which("ssh"), reason="openssh-client is not installed")
 
 SCRIPT = """#!/bin/sh
 # A repository for whoever may reach it, and a client of others: by plain names, with plain wget.
@@ -86,30 +89,9 @@ UseDNS no
 """
 
 
-def _sshd(folder: Path) -> None:
-    """sshd, the libraries it is linked to, and the loader, where they belong."""
-    told = subprocess.run(["ldd", "/usr/sbin/sshd"], check=True, capture_output=True, text=True).stdout
-    for file in ["/usr/sbin/sshd", *(word for word in told.split() if word.startswith("/"))]:
-        target = folder / file.lstrip("/").removeprefix("usr/")  # /usr/sbin is a link there
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-        target.chmod(0o755)
-
-
-@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="openssh-server is not installed")
-@pytest.mark.skipif(not shutil.which("ssh"), reason="openssh-client is not installed")
+@needs_ssh
 def test_ssh_opens_a_running_guest(grid: Grid, tmp_path: Path) -> None:
-    (tmp_path / "job.sh").write_text(SSH_SCRIPT)
-    (tmp_path / "sshd_config").write_text(SSHD_CONFIG)
-    _sshd(tmp_path / "root")
-    for name in ("host_key", "key"):
-        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)]
-        subprocess.run(words, check=True)
-    shutil.copy(tmp_path / "key.pub", tmp_path / "authorized_keys")
-    brought = [("--in", tmp_path / name) for name in ("root", "sshd_config", "host_key", "authorized_keys")]
-    small = ("--ram", "160M", "--scratch", "64M", "--time", "120s", "--net", "lan", "--accept", "22", "-d")
-    words = [word for pair in brought for word in pair]
-    said = p2pgrid("run", "tiny", "--script", tmp_path / "job.sh", *words, *small, home=grid.home)
+    said = p2pgrid("run", "tiny", *ssh_job(tmp_path), "-d", home=grid.home)
     assert said.code == 0, said.err
     job = said.out.strip()
 
@@ -126,6 +108,20 @@ def test_ssh_opens_a_running_guest(grid: Grid, tmp_path: Path) -> None:
     out = p2pgrid("job", "results", job, "-o", tmp_path / "out", home=grid.home)
     assert out.code == 0, out.err
     assert (tmp_path / "out" / "0" / "over.txt").read_text() == "told by ssh\n"
+
+
+def ssh_job(folder: Path) -> list[object]:
+    """The words of a job whose guest runs sshd, for the key in `folder`."""
+    (folder / "job.sh").write_text(SSH_SCRIPT)
+    (folder / "sshd_config").write_text(SSHD_CONFIG)
+    bring_sshd(folder / "root")
+    for name in ("host_key", "key"):
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+        subprocess.run(words, check=True)
+    shutil.copy(folder / "key.pub", folder / "authorized_keys")
+    brought = [("--in", folder / name) for name in ("root", "sshd_config", "host_key", "authorized_keys")]
+    small = ("--ram", "160M", "--scratch", "64M", "--time", "120s", "--net", "lan", "--accept", "22")
+    return ["--script", folder / "job.sh", *(word for pair in brought for word in pair), *small]
 
 
 @contextlib.contextmanager
