@@ -21,7 +21,14 @@ import trio
 
 from p2pgrid.errors import PeerError, Unreachable
 from p2pgrid.hole_punch.addressbook import CIRCUITS_MAX, AddressBook
-from p2pgrid.hole_punch.dialling import DIAL_PATIENCE, Attempt, DialCircuit, Dialling, far_end
+from p2pgrid.hole_punch.dialling import (
+    DIAL_PATIENCE,
+    GREETING_PATIENCE,
+    Attempt,
+    DialCircuit,
+    Dialling,
+    far_end,
+)
 from p2pgrid.hole_punch.doors import Doors, Serve, open_listeners
 from p2pgrid.hole_punch.greeting import SESSION, Allow, Caller, Greeting, Met, Verdict, well
 from p2pgrid.hole_punch.keeping import Keeping
@@ -49,8 +56,6 @@ __all__ = ["PROTOCOL", "Link", "Links", "Receive", "Receiver", "Way", "open_link
 
 log = structlog.get_logger(__name__)
 
-GREETING_PATIENCE = 5.0
-"""Seconds for the greeting over a connection that was made elsewhere."""
 CIRCUITS_TOLD = 2
 """Relays that members are told of: one may die."""
 LINKS_MAX = 512
@@ -285,10 +290,10 @@ class Links:
             who=peer, why=attempt.made.why if attempt.made is not None else "it did not greet us"
         )
 
-    def session(self, peer: PeerId) -> bytes:
-        """Of the link with `peer` that is to go on; empty where there is none."""
+    def session(self, peer: PeerId) -> tuple[bytes, int]:
+        """Of the link with `peer` that is to go on, and how many connections it had; empty: there is none."""
         link = self._links.get(peer)
-        return link.session if link is not None and link.live else b""
+        return (link.session, link.path.order[0]) if link is not None and link.live else (b"", 0)
 
     async def _admit(self, sock: socket.socket) -> None:
         caller = await self._greeting.accept(sock)
@@ -308,17 +313,22 @@ class Links:
         seen_at = [to_multiaddr(far)] if far is not None and way is not Way.RELAYED else []
         self.book.hear(peer, caller.addresses, seen_at)
         link = self._links.get(peer)
-        goes_on = link is not None and link.live and link.session == caller.session
-        session = caller.session if goes_on else secrets.token_bytes(SESSION)
+        session, moves = secrets.token_bytes(SESSION), 0
+        if link is not None and link.live and link.session == caller.session:
+            session, moves = link.session, max(link.path.order[0], caller.moves) + 1
         seen = format_address(far) if far is not None else ""
-        preamble = well(session, seen, self._greeting.membership())
-        link = self.adopt(Met(peer, caller.tls, session, ""), way, via, preamble)
+        preamble = well(session, moves, seen, self._greeting.membership())
+        met = Met(peer, caller.tls, session, "", (moves, self._network.me))
+        link = self.adopt(met, way, via, preamble)
         attempt.settle(link)  # ours has come to something, if by the other side
         return link
 
     def adopt(self, met: Met, way: Way, via: PeerId | None = None, preamble: bytes = b"") -> Link:
         """Have the link go on over the connection that was made, or begin."""
         peer, sock = met.peer, met.tls.socket
+        if self._over:
+            met.tls.close()
+            raise OSError("it is closing")
         try:
             far, own = sock.getpeername()[0], sock.getsockname()[0]
         except OSError:  # the peer is gone already
@@ -327,7 +337,7 @@ class Links:
         if (seen := parse_address(met.observed)) is not None:
             self.observed[peer] = seen
         near = way is not Way.RELAYED and is_near(far, own)
-        path = Path(met.tls, way, self.rates.link(private=near), via, preamble)
+        path = Path(met.tls, way, self.rates.link(private=near), via, preamble, met.order)
         link = self._links.get(peer)
         if link is not None and link.live and link.session == met.session:
             link.go_on(path)
@@ -335,7 +345,7 @@ class Links:
             if link is not None:
                 link.close("a newer link took its place")
             link = self._begin(peer, met.session, path)
-        if self._over or self._paused:
+        if self._paused:
             link.close()
         self._arrivals.pop(peer, trio.Event()).set()
         link.wake()
@@ -355,7 +365,12 @@ class Links:
 
     def _lost(self, link: Link) -> None:
         """In a reactor's thread."""
-        self._token.run_sync_soon(self._keeping.regain, link)
+
+        def seek() -> None:
+            if not link.connected:
+                self._keeping.regain(link)
+
+        self._token.run_sync_soon(seek)
 
     def _ended(self, link: Link) -> None:
         """In a reactor's thread."""

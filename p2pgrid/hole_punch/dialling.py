@@ -26,6 +26,8 @@ log = structlog.get_logger(__name__)
 
 DIAL_PATIENCE = 3.0
 """Seconds to reach one of a peer's addresses; a host that is up answers in one round trip."""
+GREETING_PATIENCE = 5.0
+"""Seconds for the greeting: others that answered wait for their turn meanwhile."""
 RELAY_DELAY = 0.3
 """Seconds that dialling a peer's own addresses is ahead of asking its relays."""
 RELAYED_BEFORE = 2
@@ -70,8 +72,8 @@ class Ground(Protocol):
         """What to tell a peer of where we take links."""
         ...
 
-    def session(self, peer: PeerId) -> bytes:
-        """Of the link with `peer` that is to go on; empty where there is none."""
+    def session(self, peer: PeerId) -> tuple[bytes, int]:
+        """Of the link with `peer` that is to go on, and how many connections it had; empty: there is none."""
         ...
 
     def adopt(self, met: Met, way: Way, via: PeerId | None) -> Link:
@@ -152,7 +154,10 @@ class Dialling:
             if attempt.settled.is_set():
                 sock.close()
                 return
-            met = await self._greeting.dial(sock, peer, self._ground.told(), self._ground.session(peer))
+            met = None
+            session, moves = self._ground.session(peer)
+            with trio.move_on_after(GREETING_PATIENCE):
+                met = await self._greeting.dial(sock, peer, self._ground.told(), session, moves)
             if isinstance(met, Met):
                 try:
                     attempt.settle(self._ground.adopt(met, way, via))

@@ -28,7 +28,7 @@ import secrets
 import select
 import socket
 from collections.abc import AsyncIterator, Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import attrs
 import msgspec
@@ -37,6 +37,7 @@ import trio
 
 from p2pgrid.errors import BadFrame, PeerError
 from p2pgrid.hole_punch.certificate import Certificate
+from p2pgrid.hole_punch.link import Order
 from p2pgrid.hole_punch.path import ADDRESSES_MAX, Address
 from p2pgrid.hole_punch.tls import Tls
 from p2pgrid.ids import PeerId, digest
@@ -141,6 +142,9 @@ def discard(answered: trio.MemoryReceiveChannel[socket.socket]) -> None:
     answered.close()
 
 
+Moves = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
+
+
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     peer: str
     nonce: bytes
@@ -154,6 +158,8 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     membership: bytes = b""
     session: bytes = b""
     """The one that is to go on over this connection; empty: a new one."""
+    moves: Moves = 0
+    """How many connections it had before, as far as is known here."""
 
 
 class Verdict(msgspec.Struct, tag="verdict", frozen=True):
@@ -163,6 +169,8 @@ class Verdict(msgspec.Struct, tag="verdict", frozen=True):
     """Our own attempt goes first: the link will come."""
     session: bytes = b""
     """The session that goes on, or begins."""
+    moves: Moves = 0
+    """How many connections it had before this one."""
     observed: str = ""
     """Where the dialling side is seen, as `host:port`."""
     membership: bytes = b""
@@ -177,6 +185,7 @@ class Met:
     tls: Tls
     session: bytes
     observed: str
+    order: Order
 
 
 @attrs.define
@@ -193,7 +202,7 @@ class Greeting:
         self._claim = self.network.sign(ACCEPTS + digest(self.certificate.der))
 
     async def dial(
-        self, sock: socket.socket, peer: PeerId, addresses: list[str], session: bytes = b""
+        self, sock: socket.socket, peer: PeerId, addresses: list[str], session: bytes = b"", moves: int = 0
     ) -> Met | Verdict | None:
         """The connection, if `peer` is there and wants it; None: it is somebody else, or nobody."""
         async with _closing(sock) as kept:
@@ -206,7 +215,8 @@ class Greeting:
             if not self.network.verify(peer, ACCEPTS + theirs, welcome.signature):
                 return None
             signature = self.network.sign(DIALS + theirs + welcome.nonce)
-            await _say(tls, Hello(self.network.me, addresses, signature, self.membership(), session))
+            hello = Hello(self.network.me, addresses, signature, self.membership(), session, moves)
+            await _say(tls, hello)
             verdict = await _hear(tls, Verdict)
             if verdict.why:
                 return verdict
@@ -215,7 +225,7 @@ class Greeting:
             if why := self.allow(peer, verdict.membership):
                 return Verdict(why)
             kept.whole = True
-            return Met(peer, tls, verdict.session, verdict.observed)
+            return Met(peer, tls, verdict.session, verdict.observed, (verdict.moves, peer))
         return None
 
     async def accept(self, sock: socket.socket) -> Caller | None:
@@ -231,7 +241,8 @@ class Greeting:
             if len(hello.session) not in (0, SESSION):
                 return None
             kept.whole = True
-            return Caller(peer, tuple(hello.addresses[:ADDRESSES_MAX]), tls, hello.membership, hello.session)
+            addresses = tuple(hello.addresses[:ADDRESSES_MAX])
+            return Caller(peer, addresses, tls, hello.membership, hello.session, hello.moves)
         return None
 
 
@@ -246,15 +257,16 @@ class Caller:
     membership: bytes
     session: bytes
     """The one that it wants to go on with; empty: a new one."""
+    moves: int
 
     async def decline(self, verdict: Verdict) -> None:
         async with _closing(self.tls.socket):
             await _say(self.tls, verdict)
 
 
-def well(session: bytes, observed: str, membership: bytes) -> bytes:
+def well(session: bytes, moves: int, observed: str, membership: bytes) -> bytes:
     """The verdict that there is a link: its first message, so that there is one when it is heard."""
-    return encode(Verdict(session=session, observed=observed, membership=membership))
+    return encode(Verdict(session=session, moves=moves, observed=observed, membership=membership))
 
 
 @attrs.define

@@ -113,17 +113,22 @@ class Keeping:
 
     async def _look_for(self, link: Link) -> None:
         try:
-            path = link.path
-            try:
-                await self._regain(link)
-            except Unreachable as gone:
-                why = gone.why
-            else:
-                why = ""
-            if link.live and not link.connected:
-                with trio.move_on_after(COME_BACK):
-                    await self._arrival(link.peer)
-            if link.live and not link.connected and link.path is path:
-                link.close(why or "its connection was lost")
+            path = None
+            while link.path is not path:  # one that came meanwhile may be lost by now, too
+                path, why = link.path, await self._try(link)
+                if link.live and not link.connected:
+                    with trio.move_on_after(COME_BACK):
+                        await self._arrival(link.peer)
+                if not link.live or link.connected:
+                    return
+            link.close(why or "its connection was lost")
         finally:
             self._at_it.discard(link)
+
+    async def _try(self, link: Link) -> str:
+        """Look once; why there is no connection."""
+        try:
+            await self._regain(link)
+        except Unreachable as gone:
+            return gone.why
+        return ""

@@ -18,6 +18,7 @@ without reading is not coming back.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import socket
 import struct
@@ -54,6 +55,10 @@ ACK_BYTES, ACK_MESSAGES = 1 << 20, 256
 """How much is taken before it is acknowledged: the peer keeps it so long."""
 PROBES_MAX = 64
 """Probes that wait for their echo."""
+RESUME_PATIENCE = 6.0
+"""Seconds until the peer has said where it goes on: it does so at once, unless it is not there."""
+RETIRED_MAX = 2
+"""Connections that were left and are kept until the peer has left them, too."""
 
 
 class Receiver(Protocol):
@@ -79,6 +84,13 @@ Receive = Callable[["Link"], Receiver]
 """Makes the receiver of a new link; called by whoever makes the link, before its first turn."""
 
 
+Order = tuple[int, str]
+"""How many connections a session had before one, and who accepted it.
+
+Both ends go on over the greatest: where each makes one at the same time, and so sees the two come in another
+order than its peer, they still come to the same."""
+
+
 @attrs.frozen(eq=False)
 class Path:
     """One connection to the peer, greeted, and how it came about."""
@@ -90,6 +102,7 @@ class Path:
     """The relay, where there is one."""
     preamble: bytes = b""
     """What is said on it before all else."""
+    order: Order = (0, "")
     since: float = attrs.field(factory=time.monotonic)
 
 
@@ -121,14 +134,15 @@ class Link:
         self._call = call
         self._lost = lost
         self._ended = ended
-        self._coming: Path | None = None
-        """The connection to go on over."""
+        self._coming: collections.deque[Path] = collections.deque()
+        """Connections to go on over: the last one of them."""
         self._retired: list[Tls] = []
         """Connections to be closed once the reactor does not watch them any more, and the peer has left
         them, too: it must not take their end for a loss."""
         self._tls: Tls | None = None
         self._resuming = False
         """Whether the peer has yet to say where it goes on."""
+        self._resume_by = 0.0
         self._framing = Framing()
         self._outbox = Outbox()
         self._pieces: list[bytes] = []
@@ -162,7 +176,7 @@ class Link:
     @property
     def connected(self) -> bool:
         """Whether it has a connection just now, or one is about to be taken up."""
-        return self._tls is not None or self._coming is not None
+        return self._tls is not None or bool(self._coming)
 
     @property
     def way(self) -> Way:
@@ -215,10 +229,12 @@ class Link:
         self._call(other)
 
     def go_on(self, path: Path) -> None:
-        """Go on over `path`, which the peer does, too."""
-        before, self._coming, self.path = self._coming, path, path
-        if before is not None:
-            before.tls.close()
+        """Go on over `path`, which the peer does, too; unless it has gone on over a later one."""
+        if path.order <= self.path.order:
+            path.tls.close()
+            return
+        self.path = path
+        self._coming.append(path)  # the reactor's thread closes those before it: it may be taking one up
         if self._over:
             path.tls.close()
         self._call(self)
@@ -239,7 +255,7 @@ class Link:
             self._retired.pop().abort()  # the peer has moved, too: what lies in there comes again
         then: Next | None = (True, None, 0)  # where the connection is lost: it is closed in the next turn
         try:
-            if self._coming is not None:
+            if self._coming:
                 self._move()
             if self._tls is None:
                 then = (False, None, 0)
@@ -263,30 +279,33 @@ class Link:
         self._over = True
         self._closing = self._closing or why
         self._outbox.end()
-        for tls in (self._tls, self._coming.tls if self._coming is not None else None, *self._retired):
+        while self._coming:
+            self._coming.popleft().tls.close()
+        for tls in (self._tls, *self._retired):
             if tls is not None:
                 tls.close()
-        self._tls = self._coming = None
+        self._tls = None
         self._retired.clear()
         self._ended(self)
         self.receiver.left(self._closing)
 
     def _take_up(self, path: Path) -> None:
-        self.path, self._tls = path, path.tls
+        self._tls = path.tls
         if path.preamble:
             path.tls.seal(path.preamble)
         self._unread = True
 
     def _move(self) -> None:
         """Leave the connection there was for the one that is coming, and say how far we are."""
-        assert self._coming is not None
-        path, self._coming = self._coming, None
+        path = self._coming[-1]
         self._drop()
         self._take_up(path)
+        while (passed := self._coming.popleft()) is not path:
+            passed.tls.close()
         resume = own.encode(own.RESUME, self._taken)
         path.tls.seal(header(len(resume)) + resume)
         self._acknowledged, self._unacknowledged = self._taken, 0
-        self._resuming = True
+        self._resuming, self._resume_by = True, time.monotonic() + RESUME_PATIENCE
         for number, (_, answered) in list(self._probes.items()):  # what was left brings no echo any more
             if answered is None:
                 self._probes.pop(number, None)
@@ -299,6 +318,8 @@ class Link:
         if self._tls is not None:
             self._retired.append(self._tls)
             self._tls = None
+            if len(self._retired) > RETIRED_MAX:
+                self._retired.pop(0).abort()
         self._framing = Framing()
         self._pieces.clear()
         self._begun = memoryview(b"")
@@ -326,9 +347,18 @@ class Link:
             self._unread = self._pull(tls)
         more = self._unread and not reading
         again = None
-        if self._outbox.queued < self.low and not self._resuming:
+        if self._resuming:
+            again = self._resume_by - time.monotonic()
+            if again < 0:
+                raise TimeoutError("the peer does not go on")
+        elif self._outbox.queued < self.low:
             again = self.receiver.drained()
-        sent, blocked = (0, False) if writing else self._push(tls)
+        try:
+            sent, blocked = (0, False) if writing else self._push(tls)
+        except OSError:  # what the peer has said before lies here still: perhaps that it ends the link
+            while self._pull(tls):
+                pass
+            raise
         goes_on = not blocked and not writing and (sent > 0 or self._outbox.queued > 0) and not self._resuming
         waits = [wait for wait in (again, reading or None, writing or None) if wait is not None]
         wanted = (0 if reading else READ) | (WRITE if blocked else 0)
@@ -413,6 +443,8 @@ class Link:
             self._outbox.say(own.encode(own.ACK, self._taken))
         if self._outbox.overdue:
             raise BadFrame(why="the peer does not acknowledge")
+        if self._outbox.flooded:
+            raise BadFrame(why="the peer asks, and does not read the answers")
         return tls.more
 
     def _heed(self, body: memoryview) -> None:

@@ -7,7 +7,8 @@ acknowledges how many it has taken, and on another connection what it has not ta
                  ^                 │
                  └──── resume ─────┘   (first of all, in the old order)
 
-What is long is not kept: whoever sends it says how to make it `again`, or that it need not come again.
+What is long is not kept: whoever sends it says how to make it `again`, or that it need not come again.  It is
+made when its turn comes, so a peer that never acknowledges does not have all of it made at once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ KEPT_MAX = 32 << 20
 """Bytes kept of what the peer has not acknowledged; more, and it is not going to."""
 SENT_MAX = 1 << 18
 """Messages that wait to be acknowledged."""
+OWN_MAX = 1 << 14
+"""The link's own messages that wait: an acknowledgement for each MiB, and some echoes."""
 
 
 @attrs.define
@@ -38,7 +41,7 @@ class Message:
     pieces: Pieces
     size: int
     again: Again | None = None
-    """Where it is long; then it has no pieces once it was sent."""
+    """Where it is long; then it has no pieces from when it was sent until it is to be sent again."""
 
 
 class Outbox:
@@ -95,17 +98,29 @@ class Outbox:
         """The message to send now."""
         if self._own:
             return self._own.popleft().pieces
-        queue = self._replay or self._queue or self._bulk
-        if not queue:
-            return None
-        message = queue.popleft()
-        self._sent.append(message)
-        pieces = message.pieces
-        if message.again is None:
-            self._kept += message.size
-        else:
-            message.pieces = ()
-        return pieces
+        while queue := self._replay or self._queue or self._bulk:
+            message = queue.popleft()
+            if not message.pieces and not self._renew(message):
+                continue
+            self._sent.append(message)
+            pieces = message.pieces
+            if message.again is None:
+                self._kept += message.size
+            else:
+                message.pieces = ()
+            return pieces
+        return None
+
+    def _renew(self, message: Message) -> bool:
+        """Make anew what is to be sent again; False: it is not worth it any more."""
+        assert message.again is not None
+        pieces, before, message.size = message.again(), message.size, 0
+        if pieces is not None:
+            length = sum(map(len, pieces))
+            message.pieces, message.size = (header(length) + pieces[0], *pieces[1:]), HEADER + length
+        with self._lock:
+            self._put += message.size - before
+        return pieces is not None
 
     def went(self, size: int) -> None:
         """`size` bytes of what `next` gave are under way."""
@@ -126,6 +141,11 @@ class Outbox:
         """Whether more waits to be acknowledged than an honest peer leaves waiting."""
         return self._kept > KEPT_MAX or len(self._sent) > SENT_MAX
 
+    @property
+    def flooded(self) -> bool:
+        """Whether the peer asks for more answers of the link itself than it reads."""
+        return len(self._own) > OWN_MAX
+
     def interrupt(self) -> None:
         """The connection is gone: what was begun is not under way, what the link itself said is void."""
         with self._lock:
@@ -135,21 +155,11 @@ class Outbox:
     def resume(self, count: int) -> None:
         """On another connection the peer goes on after `count` messages: the rest is sent again."""
         self.acknowledge(count)
-        back: collections.deque[Message] = collections.deque()
-        for message in self._sent:
-            if message.again is not None:
-                pieces = message.again()
-                if pieces is None:
-                    continue
-                length = sum(map(len, pieces))
-                message = Message((header(length) + pieces[0], *pieces[1:]), HEADER + length, message.again)
-            back.append(message)
         with self._lock:
-            self._put += sum(message.size for message in back)
-            self._sent.clear()
+            self._put += sum(message.size for message in self._sent)
             self._kept = 0
-            back.extend(self._replay)  # what the connection before had not come to
-            self._replay = back
+            self._sent.extend(self._replay)  # what the connection before had not come to
+            self._replay, self._sent = self._sent, collections.deque()
 
     def end(self) -> None:
         """Nothing is sent any more."""

@@ -92,9 +92,31 @@ def test_what_is_not_worth_sending_again_is_not() -> None:
     assert box.next()
     box.interrupt()
     box.resume(0)
-    assert box.queued == HEADER + 5
     assert b"".join(box.next() or ())[HEADER:] == b"there"
+    assert box.queued == HEADER + 5
     box.acknowledge(1)
+
+
+def test_what_is_long_is_made_again_when_its_turn_comes() -> None:
+    """A peer that has taken much, and says that it has nothing, does not have all of it made at once."""
+    box, made = Outbox(), 0
+
+    def again() -> tuple[bytes, ...]:
+        nonlocal made
+        made += 1
+        return (b"another, shorter",)
+
+    for _ in range(1000):
+        box.put(b"long" * 1000, (), bulk=True, again=again)
+        box.next()
+    box.interrupt()
+    box.resume(0)
+    assert made == 0
+    assert box.queued == 1000 * (HEADER + 4000)
+    for count in range(1, 1001):
+        box.went(len(b"".join(box.next() or ())))
+        assert made == count
+    assert box.queued == 0
 
 
 @pytest.mark.parametrize("count", [2, -1, 1 << 40])
