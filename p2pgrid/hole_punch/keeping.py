@@ -3,6 +3,7 @@
     a link's path is quiet ──> a probe ──no echo──> another connection is looked for, the old one watched on
     a link's path ends ──────────────────────────> the same
     nobody is found, and nobody comes ──────────> the link ends
+    a link is silent for `GONE` seconds ────────> the link ends: whoever uses it is told that the peer is dead
 
 A peer that cannot be dialled by us may dial us: so a link that has no path waits a moment before it is given
 up.
@@ -23,13 +24,16 @@ LOOK = 1.0
 """Seconds between two looks at all links."""
 QUIET = 3.0
 """Seconds without a byte after which a path is probed."""
-QUIET_IDLE = 20.0
+QUIET_IDLE = 15.0
 """The same where nothing was sent or received for `IDLE` seconds."""
 IDLE = 60.0
 ECHO = 3.0
 """Seconds until a probe's echo, after which a path is a black hole: with what comes before less than ten."""
 AGAIN = 8.0
 """Seconds until another way is looked for again."""
+GONE = 26.0
+"""Seconds without a byte after which the peer is dead: its streams are reset within half a minute, and there
+was time to look for another way."""
 COME_BACK = 5.0
 """Seconds that a link without a path waits for its peer, which may know a way to us."""
 
@@ -38,6 +42,7 @@ COME_BACK = 5.0
 class Vigil:
     """What one link's path has shown lately.  Pure."""
 
+    path: object = None
     heard: int = -1
     sent: int = -1
     heard_at: float = 0.0
@@ -45,9 +50,18 @@ class Vigil:
     """When more than probes and echoes came or went."""
     probed_at: float | None = None
     looked_at: float | None = None
+    at: float = 0.0
+    """When it was asked last."""
 
     def look(self, heard: int, sent: int, now: float) -> str:
-        """What is to be done at `now`: "probe", "regain", or nothing; `heard` and `sent` are bytes in all."""
+        """What is to be done at `now`: "probe", "regain", "give up", or nothing.
+
+        `heard` and `sent` are bytes in all.
+        """
+        if now - self.at > QUIET:  # we stood still ourselves: that is not the peer's silence
+            self.heard_at = max(self.heard_at, now - QUIET_IDLE)
+            self.probed_at = self.looked_at = None
+        self.at = now
         if heard - self.heard > 64 or sent - self.sent > 64 or self.heard < 0:
             self.moved_at = now
         self.sent = sent
@@ -61,6 +75,8 @@ class Vigil:
                 return ""
             self.probed_at = now
             return "probe"
+        if self.looked_at is not None and now - self.heard_at >= GONE:
+            return "give up"
         if now - self.probed_at < ECHO or (self.looked_at is not None and now - self.looked_at < AGAIN):
             return ""
         self.looked_at = now
@@ -89,7 +105,7 @@ class Keeping:
         while True:
             await trio.sleep(LOOK)
             now, links = trio.current_time(), self._links()
-            self._vigils = {link: self._vigils.get(link, Vigil()) for link in links if link.live}
+            self._vigils = {link: self._vigil(link) for link in links if link.live}
             for link, vigil in self._vigils.items():
                 if link.connected:
                     match vigil.look(link.heard, link.sent, now):
@@ -97,6 +113,13 @@ class Keeping:
                             link.probe()
                         case "regain":
                             self.regain(link)
+                        case "give up":
+                            link.close(f"nothing came from the peer for {GONE:.0f} s")
+
+    def _vigil(self, link: Link) -> Vigil:
+        """Of its connection: another one is looked at anew, as the peer was there to make it."""
+        vigil = self._vigils.get(link)
+        return vigil if vigil is not None and vigil.path is link.path else Vigil(link.path)
 
     def doubt(self) -> None:
         """Have every path show now whether it still works: the network may have changed."""
