@@ -3,7 +3,7 @@
     python -m bench swarm   [--disk FILE] [--slice 128M] [--workers 1 4 8] [--rate 200] [--slow 20] [--late 5]
     python -m bench update  --old v1.vdi --disk v2.vdi v2r.vdi [--workers 1 8] [--rate 200]
     python -m bench publish [--disk FILE]
-    python -m bench kills | lan | latency | memory | planner | plane | rates | relay    (--help tells more)
+    python -m bench kills | lan | latency | memory | nat | planner | plane | rates | relay  (--help: more)
 
 Hosts are network namespaces on one bridge (root is needed), shaped where `--rate` is given.
 JSON lines go to stdout, a table to stderr, plots to `--plot DIR`.
@@ -36,6 +36,7 @@ OTHERS = {
     "lan": "bench.lan",
     "latency": "bench.latency",
     "memory": "bench.memory",
+    "nat": "bench.nat",
     "planner": "bench.planner",
     "plane": "bench.exchange",
     "proxy": "bench.proxy",

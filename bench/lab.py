@@ -151,8 +151,8 @@ class Lab:
         self.hosts.append(made)
         sh(f"ip -n {space} link add eth0 type veth peer name {name} netns {self._wire}")
         sh(f"ip -n {space} addr add {address}/24 dev eth0 noprefixroute")
-        _shape(space, "eth0", up, buffer)
-        _shape(self._wire, name, down)
+        shape(space, "eth0", up, buffer)
+        shape(self._wire, name, down)
         sh(f"ip -n {self._wire} link set {name} master bridge0 up")
         sh(f"ip -n {space} link set eth0 up")
         # by route: a namespace may not choose any control for itself
@@ -176,7 +176,7 @@ class Lab:
         return space
 
 
-def _shape(space: str, device: str, rate: float | None, buffer: float = BUFFER) -> None:
+def shape(space: str, device: str, rate: float | None, buffer: float = BUFFER) -> None:
     """Let `device` send `rate` Mbit/s at most; without one it has a queue that only counts."""
     if rate is None:
         sh(f"tc -n {space} qdisc add dev {device} root pfifo_fast")
