@@ -164,16 +164,19 @@ class Links:
     async def link(self, peer: PeerId) -> Link:
         """The link there is, or a new one.  Raises `Unreachable`."""
         assert peer != self._network.me
-        while True:
-            link = self._links.get(peer)
-            if link is not None and link.live:
-                return link
-            if peer in self._attempts:
-                await self._attempts[peer][1].wait()
-            elif peer in self._negotiation.answering:
-                await self._negotiation.answering[peer].wait()
-            else:
-                break
+        with trio.move_on_after(2 * NEGOTIATION_PATIENCE) as waiting:
+            while True:
+                link = self._links.get(peer)
+                if link is not None and link.live:
+                    return link
+                if peer in self._attempts:
+                    await self._attempts[peer][1].wait()
+                elif peer in self._negotiation.answering:
+                    await self._negotiation.answering[peer].wait()
+                else:
+                    break
+        if waiting.cancelled_caught:
+            raise Unreachable(who=peer, why="it asks for links again and again, and makes none")
         if len(self._links) >= LINKS_MAX:
             raise Unreachable(who=peer, why=f"there are {LINKS_MAX} links already")
         return await self._attempt(peer, self._make)

@@ -242,8 +242,8 @@ class Link:
     def probe(self, answered: Callable[[float], None] | None = None) -> None:
         """Have the peer answer at once; `answered` hears in the reactor's thread after how many seconds."""
         self._number += 1
-        if len(self._probes) >= PROBES_MAX:
-            del self._probes[next(iter(self._probes))]
+        for oldest in list(self._probes)[: -PROBES_MAX + 1]:
+            self._probes.pop(oldest, None)
         self._probes[self._number] = time.monotonic(), answered
         self._outbox.say(own.encode(own.PROBE, self._number))
         self._call(self)
@@ -462,8 +462,8 @@ class Link:
                 self._outbox.acknowledge(count)
             case own.PROBE:
                 self._outbox.say(own.encode(own.ECHO, count))
-            case own.ECHO if count in self._probes:
-                asked, answered = self._probes.pop(count)
+            case own.ECHO if (probe := self._probes.pop(count, None)) is not None:
+                asked, answered = probe
                 self.delay = time.monotonic() - asked
                 if answered is not None:
                     answered(self.delay)

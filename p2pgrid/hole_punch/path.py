@@ -21,6 +21,8 @@ Address = tuple[str, int]
 ADDRESSES_MAX = 16
 """Addresses tried of one peer: a machine has a few; a longer list is a mistake or an attack."""
 PORT_DIGITS = 5
+PEER_ID_MAX = 128
+"""Characters: ours have 52."""
 
 
 class Way(enum.Enum):
@@ -116,7 +118,7 @@ def circuit_from_multiaddr(text: str) -> Circuit | None:
     base, p2p, rest = text.partition("/p2p/")
     relay, _, last = rest.partition("/")
     address = from_multiaddr(base)
-    if not p2p or not relay or last != "p2p-circuit" or address is None:
+    if not p2p or not 0 < len(relay) <= PEER_ID_MAX or last != "p2p-circuit" or address is None:
         return None
     return Circuit(PeerId(relay), address)
 

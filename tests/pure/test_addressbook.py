@@ -48,6 +48,7 @@ def test_no_address_that_a_peer_can_tell_breaks_whoever_reads_or_dials_it(told: 
     multiaddr = f"/ip6/{host.strip('[]')}/tcp/{port}/tls"
     book.hear(A, [told, multiaddr, f"{multiaddr}/p2p/{B}/p2p-circuit"], [])
     book.learn(A, [multiaddr, f"{multiaddr}/p2p/{B}/p2p-circuit"])
+    book.learn(A, [f"/ip4/10.0.0.1/tcp/7/tls/p2p/{'x' * 100_000}/p2p-circuit"])
     assert book.told(A) == []
 
 

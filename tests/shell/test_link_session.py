@@ -35,7 +35,12 @@ class Wire:
         await trio.serve_listeners(self._serve, listeners, task_status=task_status)
 
     async def _serve(self, near: trio.SocketStream) -> None:
-        async with await trio.open_tcp_stream("127.0.0.1", self._to) as far:
+        try:
+            connected = await trio.open_tcp_stream("127.0.0.1", self._to)
+        except OSError:  # nobody is there any more
+            await near.aclose()
+            return
+        async with connected as far:
             self._pairs.append((near, far))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._move, near, far)
@@ -230,6 +235,20 @@ async def test_who_has_begun_anew_gets_a_new_link() -> None:
         await here.ended.wait()
         assert "a newer link took its place" in here.why
         assert len(here.links) == 2
+
+
+async def test_a_node_closes_while_its_links_have_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "COME_BACK", 1e9)
+    async with open_pair() as pair:
+        here, there = await linked(pair, 10)
+        await here.reached(here.most)
+        await there.reached(there.most)
+        pair.wire.silent = True  # whoever comes is not answered
+        await pair.wire.cut()
+        for end in (here, there):
+            while end.links[0].connected:
+                await trio.lowlevel.checkpoint()
+    assert here.why == there.why == "closed here"
 
 
 @pytest.mark.usefixtures("hasty")

@@ -215,6 +215,26 @@ async def test_a_paused_node_has_no_links_until_it_goes_on() -> None:
         assert (await others.link(a.me)).live
 
 
+async def test_a_peer_that_only_asks_for_links_holds_nobody_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "NEGOTIATION_PATIENCE", 0.2)
+    async with open_two() as ((a, links, _), (b, _, _), _), trio.open_nursery() as nursery:
+        channels: list[object] = []
+
+        async def ask() -> None:
+            while True:
+                channels.append(channel := await b.open(a.me, bulk.PROTOCOL))
+                await channel.send(Offer([]))
+                await channel.receive(Answer | Decline)
+                await trio.sleep(0.05)
+
+        nursery.start_soon(ask)
+        while b.me not in links._negotiation.answering:
+            await trio.lowlevel.checkpoint()
+        with pytest.raises(Unreachable, match="again and again"):
+            await links.link(b.me)
+        nursery.cancel_scope.cancel()
+
+
 async def test_only_members_get_links() -> None:
     async with open_two(allow=lambda peer, membership: "not a member") as ((a, links, _), (b, others, _), _):
         with pytest.raises(Unreachable, match="not a member"):
