@@ -28,7 +28,7 @@ DIAL_PATIENCE = 3.0
 """Seconds to reach one of a peer's addresses; a host that is up answers in one round trip."""
 GREETING_PATIENCE = 5.0
 """Seconds for the greeting: others that answered wait for their turn meanwhile."""
-RELAY_DELAY = 0.3
+RELAY_DELAY = 0.15
 """Seconds that dialling a peer's own addresses is ahead of asking its relays."""
 RELAYED_BEFORE = 2
 """Times in a row that a relay was what worked, after which it is asked at once."""

@@ -389,17 +389,18 @@ class Link:
                 self._sealed = 0
             if sent >= most:
                 return sent, False
-            while self._sealed < batch and (record := self._record()):
-                tls.seal(record)
-                self._sealed += len(record)
+            while self._sealed < batch and (piece := self._piece(batch - self._sealed)):
+                tls.seal(piece)
+                self._sealed += len(piece)
             if not self._sealed:
                 return sent, False
             if most == RECORD:
                 rates.sent(self._sealed, time.monotonic())
         return sent, True
 
-    def _record(self) -> bytes | memoryview:
-        """The next bytes of the outbox, a whole record of them if there are as many."""
+    def _piece(self, most: int) -> bytes | memoryview:
+        """The next bytes of the outbox: of something long up to `most`, uncopied; else a record's worth,
+        if there are as many."""
         parts: list[bytes | memoryview] = []
         room = 0 if self._resuming else RECORD
         while room:
@@ -410,7 +411,11 @@ class Link:
                         break
                     self._pieces.extend(reversed(message))
                 self._begun = memoryview(self._pieces.pop())
+            if not parts and len(self._begun) > RECORD:
+                room = most
             part, self._begun = self._begun[:room], self._begun[room:]
+            if len(part) > RECORD:
+                return part
             parts.append(part)
             room -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)

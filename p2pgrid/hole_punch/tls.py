@@ -106,9 +106,9 @@ class Tls:
         return got
 
     def seal(self, data: bytes | memoryview) -> None:
-        """Encrypt `data`, one record of it at most; `flush` sends it."""
+        """Encrypt `data`, in as many records as it takes; `flush` sends them."""
         count = self._tls.write(data)
-        assert count == len(data), "memory always takes a whole record"
+        assert count == len(data), "memory takes all of it"
 
     def flush(self) -> bool:
         """Send what was sealed; False where the socket takes no more for now."""
