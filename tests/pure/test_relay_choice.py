@@ -9,7 +9,9 @@ from p2pgrid.hole_punch.relay.choice import REST_MAX, REST_MIN, SURVEY, WANTED, 
 from p2pgrid.ids import PeerId
 
 ME = PeerId("me")
-relays = st.sets(st.from_regex(r"[a-z]{1,3}", fullmatch=True).map(PeerId), max_size=12).map(lambda names: sorted(names - {ME}))
+relays = st.sets(st.from_regex(r"[a-z]{1,3}", fullmatch=True).map(PeerId), max_size=12).map(
+    lambda names: sorted(names - {ME})
+)
 
 
 @given(relays, st.randoms())
