@@ -80,15 +80,18 @@ def test_client_job_and_job_talk_across_nats(world: Lab, tmp_path: Path) -> None
         port = running.enter_context(web_server(submitter.space, tmp_path / "www"))
         exposed = command("p2pgrid", "expose", port, "--as", 8000, "--to", job, home=mine)
         running.callback(ended, exposed)
-        forward = command("p2pgrid", "job", "forward", job, "80", "--index", 1, home=mine)
-        running.callback(ended, forward)
-        assert forward.stderr is not None
-        at = forward.stderr.readline().split(" ")[0]
+        for index in range(2):
+            forward = command("p2pgrid", "job", "forward", job, "80", "--index", index, home=mine)
+            running.callback(ended, forward)
+            assert forward.stderr is not None
+            at = forward.stderr.readline().split(" ")[0]
 
-        def page() -> bytes | None:
-            return submitter.call(lambda: fetched(f"http://{at}/page"))
+            def served(name: str, at: str = at) -> bytes | None:
+                return submitter.call(lambda: fetched(f"http://{at}/{name}"))
 
-        assert until(page, "a page from the guest") == b"kept by task 1\n"
+            page = until(functools.partial(served, "page"), "a page from the guest")
+            assert page == b"kept by task %d\n" % index
+            until(functools.partial(served, "ready"), "a guest that has fetched all it wants")
         (tmp_path / "www" / "over").write_text("")
         done = api.call(mine, "job_wait", {"job": job, "patience": 60.0})
         assert done["state"] == "completed", done

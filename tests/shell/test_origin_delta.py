@@ -104,9 +104,8 @@ async def test_who_has_part_of_the_parent_gets_the_rest(tmp_path: Path, files: d
 
 
 async def test_a_peer_brings_the_parent_and_the_origin_the_delta(
-    tmp_path: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, files: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr(lastresort, "GRACE", GRACE)
     with served(files) as server:
         async with open_nodes(tmp_path, "neighbour", "worker") as (neighbour, worker):
             hold(neighbour, OLD)

@@ -51,6 +51,7 @@ wget -q -O /dev/null http://8001.owner.grid/page 2>/dev/null; echo $? >closed.tx
 wget -q -O /dev/null http://81.$other.$P2PGRID_JOB.grid/page 2>/dev/null; echo $? >denied.txt
 wget -q -T 5 -O /dev/null http://10.77.0.1:22/ 2>/dev/null; echo $? >node.txt
 wget -q -T 5 -O /dev/null http://example.org/ 2>/dev/null; echo $? >out.txt
+echo ready >/tmp/www/ready  # neither ends before both have had what they want of the other
 until wget -q -O /dev/null http://8000.owner.grid/over; do sleep 0.5; done 2>/dev/null
 """
 
@@ -163,6 +164,7 @@ def test_guests_and_the_submitter_reach_each_other_by_name(grid: Grid, tmp_path:
                 page = until(lambda at=at: fetched(f"http://{at}/page"), "a page from the guest")
                 assert page == f"kept by task {index}\n".encode()
                 assert len(fetched(f"http://{at}/file") or b"") == 3_000_000
+                until(lambda at=at: fetched(f"http://{at}/ready"), "a guest that has fetched all it wants")
             flows = p2pnode("proxy", "status", "--json", home=grid.home)
             assert flows.json["exposed"] == [{"port": 8000, "to": job, "host": "", "at": port}]
             (tmp_path / "www" / "over").write_text("")
